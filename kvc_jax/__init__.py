@@ -1,0 +1,1 @@
+"""Paged KV-cache compression with a different rate for every attention head."""
