@@ -1,1 +1,84 @@
-"""Paged KV-cache compression with a different rate for every attention head."""
+"""Paged KV-cache compression with a different rate for every attention head.
+
+Two levels. `LLM` generates text with a compressed cache:
+
+    from kvc_jax import LLM, Compression, SamplingParams
+    llm = LLM("path/to/model")
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=64), Compression(rate=8))
+
+Below it are pure functions on `CacheState` for use under one's own `jit`:
+`init_cache`, `allocate`, `prefill_attention`, `score_observed`,
+`decode_attention`, `evict`, `release`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from kvc_jax.attention.decode import decode_attention
+  from kvc_jax.attention.prefill import Observation, init_observation, prefill_attention, score_observed
+  from kvc_jax.cache.alloc import allocate, release
+  from kvc_jax.cache.state import CacheConfig, CacheState, check_invariants, init_cache
+  from kvc_jax.cache.write import write
+  from kvc_jax.checkpoint.convert import convert
+  from kvc_jax.checkpoint.store import load_model
+  from kvc_jax.config import LlamaConfig, RopeConfig
+  from kvc_jax.engine.llm import LLM
+  from kvc_jax.engine.request import CompressionReceipt, RequestOutput, SamplingParams, StreamChunk
+  from kvc_jax.errors import InputError
+  from kvc_jax.eviction.compression import Compression
+  from kvc_jax.eviction.score import HeldKVs, ScoringRule
+  from kvc_jax.eviction.score_full import FullAttention
+  from kvc_jax.eviction.score_random import RandomScore
+  from kvc_jax.eviction.score_window import WindowAttention
+  from kvc_jax.eviction.step import Eviction, evict
+  from kvc_jax.model.llama import Llama
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "engine.llm",
+    "SamplingParams": "engine.request",
+    "RequestOutput": "engine.request",
+    "StreamChunk": "engine.request",
+    "CompressionReceipt": "engine.request",
+    "Compression": "eviction.compression",
+    "ScoringRule": "eviction.score",
+    "HeldKVs": "eviction.score",
+    "WindowAttention": "eviction.score_window",
+    "FullAttention": "eviction.score_full",
+    "RandomScore": "eviction.score_random",
+    "CacheConfig": "cache.state",
+    "CacheState": "cache.state",
+    "init_cache": "cache.state",
+    "check_invariants": "cache.state",
+    "allocate": "cache.alloc",
+    "release": "cache.alloc",
+    "write": "cache.write",
+    "Observation": "attention.prefill",
+    "init_observation": "attention.prefill",
+    "prefill_attention": "attention.prefill",
+    "score_observed": "attention.prefill",
+    "decode_attention": "attention.decode",
+    "Eviction": "eviction.step",
+    "evict": "eviction.step",
+    "Llama": "model.llama",
+    "LlamaConfig": "config",
+    "RopeConfig": "config",
+    "load_model": "checkpoint.store",
+    "convert": "checkpoint.convert",
+    "InputError": "errors",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+  """Imports a public name at its first use, so that `import kvc_jax` does not start JAX."""
+  if name not in _HOMES:
+    raise AttributeError(f"module 'kvc_jax' has no attribute {name!r}")
+  return getattr(importlib.import_module(f"kvc_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+  return [*globals(), *_HOMES]

@@ -1,0 +1,54 @@
+"""Decode: attention of one new token of each running sequence."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from kvc_jax.cache.state import CacheState
+from kvc_jax.cache.write import write
+from kvc_jax.eviction.score import ScoringRule
+from kvc_jax.kernels.paged_decode import paged_decode
+
+
+def decode_attention(
+    state: CacheState,
+    layer: jax.Array,
+    q: Float[Array, "seqs q_heads head_dim"],
+    k: Float[Array, "seqs kv_heads head_dim"],
+    v: Float[Array, "seqs kv_heads head_dim"],
+    *,
+    active: Bool[Array, " seqs"],
+    scale: float,
+    rule: ScoringRule | None = None,
+) -> tuple[jax.Array, CacheState]:
+  """One layer's attention for the newest token of every slot; writes its KV.
+
+  `allocate` has made room for one token of each active slot before.
+
+  Args:
+    state: the cache.
+    layer: i32 [].
+    q: [S, H*G, D] after RoPE, a row for each slot.
+    k: [S, H, D] after RoPE.
+    v: [S, H, D].
+    active: [S]; other rows write nothing and yield zeros.
+    scale: factor on q k^T.
+    rule: adds these queries' attention to the scores, if it observes any;
+      None leaves the scores alone and costs nothing.
+
+  Returns:
+    Output [S, H*G, D] and the new cache.
+  """
+  slots = jnp.arange(state.num_slots, dtype=jnp.int32)
+  newest = state.num_tokens - 1
+  state = write(state, layer, slots, newest, k, v, active)
+  lengths = jnp.where(active[:, None], state.lengths, 0)
+  observes = rule is not None and rule.observed != "none"
+  out, scores = paged_decode(
+      q, state.kv, state.tables, lengths, layer,
+      state.scores if observes else None, state.positions if observes else None,
+      newest if observes else None,
+      scale=scale, power=rule.power if rule else 2, buffer=rule.buffer if rule else 0)
+  return out, state if scores is None else dataclasses.replace(state, scores=scores)

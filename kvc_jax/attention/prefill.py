@@ -1,0 +1,139 @@
+"""Prefill: attention of one sequence's prompt, chunk by chunk, and its scores."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from kvc_jax.cache.state import CacheState
+from kvc_jax.cache.write import write
+from kvc_jax.eviction.score import ScoringRule
+from kvc_jax.kernels.column_scores import column_scores
+from kvc_jax.kernels.paged_prefill import paged_prefill
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Observation:
+  """The last W queries of the prompt being prefilled, for rules that score with them.
+
+  They are kept from chunk to chunk, so scores do not depend on where chunks end.
+
+  Attributes:
+    queries: [L, W, H*G, D] after RoPE; the newest is the last row.
+    log_sums: f32 [L, W, H*G] log-sum-exp of each query over the keys it saw.
+  """
+
+  queries: jax.Array
+  log_sums: jax.Array
+
+
+def init_observation(
+    rule: ScoringRule | None, num_layers: int, num_heads: int, head_dim: int, dtype: DTypeLike
+) -> Observation:
+  """An observation of nothing yet; W = 0 where `rule` needs no queries kept."""
+  width = rule.queries if rule is not None and rule.observed == "last" else 0
+  return Observation(
+      queries=jnp.zeros((num_layers, width, num_heads, head_dim), dtype),
+      log_sums=jnp.zeros((num_layers, width, num_heads), jnp.float32))
+
+
+def prefill_attention(
+    state: CacheState,
+    observation: Observation,
+    layer: jax.Array,
+    q: Float[Array, "tokens q_heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    *,
+    slot: jax.Array,
+    count: jax.Array,
+    scale: float,
+    rule: ScoringRule | None = None,
+) -> tuple[jax.Array, CacheState, Observation]:
+  """One layer's attention for a chunk of a prompt; writes its KVs and observes its queries.
+
+  `allocate` has made room for `count` tokens of `slot` before.
+
+  Args:
+    state: the cache.
+    observation: from the chunk before, or `init_observation`.
+    layer: i32 [].
+    q: [T, H*G, D] after RoPE; rows from `count` on are padding.
+    k: [T, H, D] after RoPE.
+    v: [T, H, D].
+    slot: i32 [].
+    count: i32 [] real tokens of the chunk, the sequence's newest.
+    scale: factor on q k^T.
+    rule: None where no eviction will follow: nothing is scored or kept.
+
+  Returns:
+    Output [T, H*G, D], and the new cache and observation.
+  """
+  row = jnp.arange(q.shape[0], dtype=jnp.int32)
+  valid = row < count
+  positions = state.num_tokens[slot] - count + row
+  state = write(state, layer, jnp.broadcast_to(slot, row.shape), positions, k, v, valid)
+  prefix = state.lengths[layer, slot] - count
+  out, log_sums = paged_prefill(
+      q, k, v, state.kv, state.tables, prefix, layer, slot, count, scale=scale)
+  if rule is not None and rule.observed == "all":
+    query_positions = jnp.where(valid, positions, -1 - rule.buffer)
+    sums = column_scores(
+        q, log_sums, query_positions, state.kv, state.positions, state.tables, state.lengths, layer, slot,
+        scale=scale, power=rule.power, buffer=rule.buffer)
+    state = _add_scores(state, layer, slot, jnp.sum(sums, axis=1))
+  if rule is not None and rule.observed == "last":
+    observation = _observe(observation, layer, q, log_sums, count)
+  return out, state, observation
+
+
+def score_observed(
+    state: CacheState, observation: Observation, slot: jax.Array, *, scale: float, rule: ScoringRule
+) -> CacheState:
+  """Scores the KVs of `slot` with the observed queries; call it after the last chunk.
+
+  Per query head: probabilities to the power, summed over the queries, max-pooled
+  along keys; then summed over the G query heads (KV-Compress, KVC-w). A rule
+  that does not observe the last queries leaves the state as it is.
+  """
+  if rule.observed != "last":
+    return state
+  width = observation.queries.shape[1]
+  # Rows that a shorter prompt did not fill have positions below 0 and count for no key.
+  query_positions = state.num_tokens[slot] - width + jnp.arange(width, dtype=jnp.int32)
+
+  def body(layer, state):
+    sums = column_scores(
+        observation.queries[layer], observation.log_sums[layer], query_positions,
+        state.kv, state.positions, state.tables, state.lengths, layer, slot,
+        scale=scale, power=rule.power, buffer=rule.buffer)
+    return _add_scores(state, layer, slot, jnp.sum(_max_pool(sums, rule.pooling), axis=1))
+
+  return lax.fori_loop(0, state.num_layers, body, state)
+
+
+def _observe(observation: Observation, layer, q, log_sums, count) -> Observation:
+  """Appends `count` rows and keeps the last W."""
+
+  def push(kept, rows):
+    both = jnp.concatenate([kept[layer], rows.astype(kept.dtype)])
+    return kept.at[layer].set(lax.dynamic_slice_in_dim(both, count, kept.shape[1]))
+
+  return Observation(push(observation.queries, q), push(observation.log_sums, log_sums))
+
+
+def _max_pool(sums: jax.Array, width: int) -> jax.Array:
+  """Maximum over `width` neighbours along the last axis; sums are not negative."""
+  window = (*(1 for _ in sums.shape[:-1]), width)
+  return lax.reduce_window(sums, 0.0, lax.max, window, (1,) * sums.ndim, "SAME")
+
+
+def _add_scores(state: CacheState, layer, slot, gain: jax.Array) -> CacheState:
+  """Adds gain [H, M*P], in the order of each head's list, to the pool's scores."""
+  held = jnp.arange(gain.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
+  gain = jnp.where(held, gain, 0.0).reshape(*state.tables.shape[2:], state.block_size)
+  return dataclasses.replace(state, scores=state.scores.at[state.tables[layer, slot]].add(gain))

@@ -1,0 +1,123 @@
+"""Block allocation and release: transitions `state -> state` with traced counts.
+
+Slots are named by an i32 [B] array of distinct slots; the value S (one past the
+last slot) marks an entry to be ignored, so B is static while the number of
+sequences is not.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from kvc_jax.cache.state import NULL_BLOCK, CacheState
+
+
+def blocks_held(lengths: Array, block_size: int) -> Array:
+  """ceil(length / P), elementwise."""
+  return lax.div(lengths + (block_size - 1), jnp.int32(block_size))
+
+
+def allocate(
+    state: CacheState,
+    slots: Int[Array, " seqs"],
+    counts: Int[Array, " seqs"],
+    *,
+    max_count: int,
+) -> tuple[CacheState, Bool[Array, " seqs"]]:
+  """Appends room for `counts` tokens to every head of the named sequences.
+
+  A sequence gets all of its blocks or none. Where ok, lengths and num_tokens
+  have grown, and the new KVs have their positions and a score of 0; keys and
+  values are for `write` to fill before anything attends.
+
+  Args:
+    state: the cache.
+    slots: i32 [B] distinct slots; S = ignore.
+    counts: i32 [B] tokens to append, each 0..max_count.
+    max_count: static bound of `counts`.
+
+  Returns:
+    The new state, and ok [B]: False where the sequence did not get its blocks
+    (the pool is too empty, or a head would pass M blocks) and is unchanged.
+    Blocks go in the order of `slots`: behind one that does not fit, only
+    sequences that need no block are served.
+  """
+  old = state.lengths[:, jnp.minimum(slots, state.num_slots - 1)]  # [L, B, H]
+  p = state.block_size
+  named = slots < state.num_slots
+  fits = jnp.all(old + counts[:, None] <= state.max_blocks_per_head * p, axis=(0, 2)) & named
+  need = jnp.where(fits[:, None], blocks_held(old + counts[:, None], p) - blocks_held(old, p), 0)
+  per_sequence = jnp.sum(need, axis=(0, 2))
+  ok = fits & ((jnp.cumsum(per_sequence) <= state.free_count) | (per_sequence == 0))
+  counts = jnp.where(ok, counts, 0)
+  state = _pop_blocks(state, slots, old, jnp.where(ok[:, None], need, 0), -(-max_count // p))
+  first_position = state.num_tokens[jnp.minimum(slots, state.num_slots - 1)]
+  state = dataclasses.replace(
+      state,
+      lengths=state.lengths.at[:, slots].add(counts[None, :, None], mode="drop"),
+      num_tokens=state.num_tokens.at[slots].add(counts, mode="drop"),
+  )
+  return _mark_new_kvs(state, slots, old, counts, first_position, max_count), ok
+
+
+def _pop_blocks(state: CacheState, slots: Array, old: Array, need: Array, max_need: int) -> CacheState:
+  """Moves `need` [L, B, H] blocks from the free stack behind each head's last block."""
+  layers, _, heads = old.shape
+  rank = jnp.cumsum(need.reshape(-1)).reshape(need.shape) - need
+  step = jnp.arange(max_need, dtype=jnp.int32)
+  taken = step < need[..., None]  # [L, B, H, J]
+  ids = state.free_ids[jnp.where(taken, state.free_count - 1 - (rank[..., None] + step), 0)]
+  column = jnp.where(taken, blocks_held(old, state.block_size)[..., None] + step, state.max_blocks_per_head)
+  layer = jnp.arange(layers)[:, None, None, None]
+  head = jnp.arange(heads)[None, None, :, None]
+  tables = state.tables.at[layer, slots[None, :, None, None], head, column].set(ids, mode="drop")
+  return dataclasses.replace(state, tables=tables, free_count=state.free_count - jnp.sum(need))
+
+
+def _mark_new_kvs(
+    state: CacheState, slots: Array, old: Array, counts: Array, first_position: Array, max_count: int
+) -> CacheState:
+  """Gives the new KVs their positions and a score of 0."""
+  layers, _, heads = old.shape
+  p = state.block_size
+  step = jnp.arange(max_count, dtype=jnp.int32)
+  new = step < counts[:, None]  # [B, C]
+  index = old[..., None] + step  # [L, B, H, C]
+  layer = jnp.arange(layers)[:, None, None, None]
+  head = jnp.arange(heads)[None, None, :, None]
+  slot = jnp.minimum(slots, state.num_slots - 1)[None, :, None, None]
+  column = jnp.minimum(lax.div(index, jnp.int32(p)), state.max_blocks_per_head - 1)
+  blocks = jnp.where(new[None, :, None], state.tables[layer, slot, head, column], NULL_BLOCK)
+  offsets = lax.rem(index, jnp.int32(p))
+  position = jnp.broadcast_to((first_position[:, None] + step)[None, :, None], blocks.shape)
+  return dataclasses.replace(
+      state,
+      positions=state.positions.at[blocks, offsets].set(position),
+      scores=state.scores.at[blocks, offsets].set(0.0),
+  )
+
+
+def push_blocks(state: CacheState, ids: Array, freed: Array) -> CacheState:
+  """Puts the block ids where `freed` (both of one shape) on the free stack."""
+  flat = freed.reshape(-1)
+  rank = jnp.cumsum(flat, dtype=jnp.int32) - 1
+  place = jnp.where(flat, state.free_count + rank, state.num_blocks)
+  return dataclasses.replace(
+      state,
+      free_ids=state.free_ids.at[place].set(ids.reshape(-1), mode="drop"),
+      free_count=state.free_count + jnp.sum(flat, dtype=jnp.int32),
+  )
+
+
+def release(state: CacheState, slots: Int[Array, " seqs"]) -> CacheState:
+  """Ends the sequences in `slots` (i32 [B], distinct; S = ignore) and frees their blocks."""
+  tables = state.tables.at[:, slots].get(mode="fill", fill_value=NULL_BLOCK)  # [L, B, H, M]
+  state = push_blocks(state, tables, tables != NULL_BLOCK)
+  return dataclasses.replace(
+      state,
+      tables=state.tables.at[:, slots].set(NULL_BLOCK, mode="drop"),
+      lengths=state.lengths.at[:, slots].set(0, mode="drop"),
+      num_tokens=state.num_tokens.at[slots].set(0, mode="drop"),
+  )

@@ -1,0 +1,173 @@
+"""The paged cache: a pool of blocks, each of which belongs to one head of one layer.
+
+Axes, always in this order (docs/architecture.md): L layers, S sequence slots,
+H KV heads, G query heads per KV head, N blocks in the pool, P KV slots in a
+block, M blocks that one head of one sequence can have, D head dimension,
+T tokens, B sequences named by one call.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from kvc_jax.errors import InputError
+
+NULL_BLOCK = 0
+"""Never allocated: table padding points at it and masked writes go to it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+  """Static shape of a cache.
+
+  Attributes:
+    num_layers: L.
+    num_slots: S, sequences that can be held at once.
+    num_kv_heads: H.
+    head_dim: D.
+    num_blocks: N, with the null block; N - 1 can be allocated.
+    max_blocks_per_head: M; a head holds at most M * P KVs.
+    block_size: P, KVs of one head in one block.
+    dtype: of the keys and values.
+  """
+
+  num_layers: int
+  num_slots: int
+  num_kv_heads: int
+  head_dim: int
+  num_blocks: int
+  max_blocks_per_head: int
+  block_size: int = 16
+  dtype: DTypeLike = jnp.bfloat16
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name != "dtype" and (not isinstance(value, int) or value < 1):
+        raise InputError(f"CacheConfig: {field.name} is {value!r}, but a positive whole number is needed")
+    if self.num_blocks < 2:
+      raise InputError("CacheConfig: num_blocks must be at least 2, for block 0 is never allocated")
+
+  @property
+  def heads_per_sequence(self) -> int:
+    """Block tables that one sequence has: L * H."""
+    return self.num_layers * self.num_kv_heads
+
+  @property
+  def bytes_per_block(self) -> int:
+    """Bytes of one block: keys, values, scores and positions."""
+    kv = 2 * self.block_size * self.head_dim * jnp.dtype(self.dtype).itemsize
+    return kv + self.block_size * (4 + 4)
+
+  def blocks_for(self, num_tokens: int) -> int:
+    """Blocks that an uncompressed sequence of `num_tokens` holds over all layers and heads."""
+    return self.heads_per_sequence * -(-num_tokens // self.block_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CacheState:
+  """All mutable state of the cache; a pytree that every jitted step takes and returns.
+
+  Invariants (`check_invariants` runs them):
+    * live table entries are distinct block ids;
+    * live ids + the free stack + {0} are all ids 0..N-1, each once;
+    * table entry m of a head is live exactly when m < ceil(length / P); others are 0;
+    * the positions held by a head are distinct and below num_tokens of its slot;
+    * scores of held KVs are finite and not negative.
+
+  Attributes:
+    kv: [N, 2, P, D] keys (after RoPE) and values; kv[n, 0] keys, kv[n, 1] values.
+    scores: f32 [N, P], what a KV is worth; low scores are evicted first.
+    positions: i32 [N, P], position in its sequence of each KV's token.
+    tables: i32 [L, S, H, M] block ids.
+    lengths: i32 [L, S, H], KVs held by each head.
+    num_tokens: i32 [S], tokens seen by each sequence, evicted ones too.
+    free_ids: i32 [N], a stack; entries below free_count are the free blocks.
+    free_count: i32 [].
+  """
+
+  kv: jax.Array
+  scores: jax.Array
+  positions: jax.Array
+  tables: jax.Array
+  lengths: jax.Array
+  num_tokens: jax.Array
+  free_ids: jax.Array
+  free_count: jax.Array
+
+  @property
+  def num_layers(self) -> int:
+    return self.tables.shape[0]
+
+  @property
+  def num_slots(self) -> int:
+    return self.tables.shape[1]
+
+  @property
+  def num_kv_heads(self) -> int:
+    return self.tables.shape[2]
+
+  @property
+  def max_blocks_per_head(self) -> int:
+    return self.tables.shape[3]
+
+  @property
+  def num_blocks(self) -> int:
+    return self.kv.shape[0]
+
+  @property
+  def block_size(self) -> int:
+    return self.kv.shape[2]
+
+
+def init_cache(config: CacheConfig) -> CacheState:
+  """An empty cache: every block but the null block is free."""
+  n, p = config.num_blocks, config.block_size
+  heads = (config.num_layers, config.num_slots, config.num_kv_heads)
+  return CacheState(
+      kv=jnp.zeros((n, 2, p, config.head_dim), config.dtype),
+      scores=jnp.zeros((n, p), jnp.float32),
+      positions=jnp.zeros((n, p), jnp.int32),
+      tables=jnp.full((*heads, config.max_blocks_per_head), NULL_BLOCK, jnp.int32),
+      lengths=jnp.zeros(heads, jnp.int32),
+      num_tokens=jnp.zeros((config.num_slots,), jnp.int32),
+      # Popped from the end: blocks come as 1, 2, 3, ...; entry N-1 is never live.
+      free_ids=jnp.arange(n - 1, -1, -1, dtype=jnp.int32),
+      free_count=jnp.asarray(n - 1, jnp.int32),
+  )
+
+
+def check_invariants(state: CacheState) -> None:
+  """Checks the invariants of `CacheState` on the host.
+
+  Raises:
+    AssertionError: naming the invariant that does not hold.
+  """
+  tables, lengths = np.asarray(state.tables), np.asarray(state.lengths)
+  n, p, m = state.num_blocks, state.block_size, state.max_blocks_per_head
+  free_count = int(state.free_count)
+  assert (lengths >= 0).all() and (lengths <= m * p).all(), "a length is negative or above M * P"
+  live = np.arange(m) < -(-lengths[..., None] // p)
+  assert (tables[~live] == NULL_BLOCK).all(), "a table entry behind a head's last block is not the null block"
+  assert 0 <= free_count < n, f"free_count {free_count} is outside 0..{n - 1}"
+  ids = np.concatenate([tables[live], np.asarray(state.free_ids)[:free_count], [NULL_BLOCK]])
+  assert len(ids) == n, f"{len(ids)} live, free and null blocks, but the pool has {n}"
+  assert (np.sort(ids) == np.arange(n)).all(), "a block is held twice, or lost"
+  _check_kvs(state, tables, lengths)
+
+
+def _check_kvs(state: CacheState, tables: np.ndarray, lengths: np.ndarray) -> None:
+  positions, scores = np.asarray(state.positions)[tables], np.asarray(state.scores)[tables]
+  num_tokens = np.asarray(state.num_tokens)
+  held = np.arange(tables.shape[-1] * state.block_size) < lengths[..., None]  # [L, S, H, M*P]
+  positions, scores = positions.reshape(held.shape), scores.reshape(held.shape)
+  assert (lengths <= num_tokens[:, None]).all(), "a head holds more KVs than its sequence has tokens"
+  inside = (positions >= 0) & (positions < num_tokens[:, None, None])
+  assert inside[held].all(), "a held position is outside its sequence"
+  ordered = np.sort(np.where(held, positions, -1 - np.arange(held.shape[-1])), axis=-1)
+  assert (np.diff(ordered, axis=-1) != 0).all(), "a head holds one position twice"
+  assert np.isfinite(scores[held]).all() and (scores[held] >= 0).all(), "a held score is negative or not finite"

@@ -1,0 +1,316 @@
+"""`LLM`: prompts in, text and compression receipts out."""
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from collections.abc import Sequence as Sequences
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from jax.typing import DTypeLike
+
+from kvc_jax.cache.state import CacheConfig
+from kvc_jax.checkpoint.store import load_model
+from kvc_jax.engine.batch import Batch, Sequence
+from kvc_jax.engine.output_text import OutputText
+from kvc_jax.engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk
+from kvc_jax.errors import InputError
+from kvc_jax.eviction.compression import Compression
+from kvc_jax.model.llama import Llama
+from kvc_jax.tokenizer import IncrementalDecoder, Tokenizer
+
+Prompt = str | list[int]
+OnText = Callable[[StreamChunk], None]
+
+_CPU_POOL_BYTES = 1 << 30
+_DEVICE_MEMORY_SHARE = 0.9
+
+
+class LLM:
+  """A Llama with a compressible cache, for offline generation.
+
+  Attributes:
+    config: shape of the cache.
+    tokenizer: of the model folder.
+    max_model_len: most tokens of prompt and output together.
+  """
+
+  def __init__(
+      self,
+      model: str | pathlib.Path,
+      *,
+      dtype: DTypeLike | None = None,
+      max_model_len: int | None = None,
+      max_num_seqs: int = 8,
+      block_size: int = 16,
+      chunk_size: int = 256,
+      num_blocks: int | None = None,
+      kv_cache_memory_bytes: int | None = None,
+      seed: int = 0,
+  ):
+    """Loads a model and allocates the pool.
+
+    Args:
+      model: folder of a Hugging Face or converted checkpoint.
+      dtype: of weights and cache; the checkpoint's own by default.
+      max_model_len: the model's own context by default, and at most that.
+      max_num_seqs: S, sequences that run at once.
+      block_size: P, KVs in a block; a power of two.
+      chunk_size: tokens of a prefill chunk.
+      num_blocks: size of the pool, with the null block.
+      kv_cache_memory_bytes: size of the pool, where num_blocks is not given. By
+        default what max_num_seqs full sequences need, but at most 90% of the
+        device's free memory (1 GiB on the CPU).
+      seed: of requests that bring none.
+
+    Raises:
+      InputError: a missing or broken model folder, or sizes that do not fit.
+    """
+    self.tokenizer = Tokenizer.from_folder(model)
+    self._model = load_model(model, dtype=dtype)
+    shape = self._model.config
+    self.max_model_len = _context(max_model_len, shape.max_position_embeddings)
+    if block_size < 1 or block_size & (block_size - 1):
+      raise InputError(f"block_size is {block_size}; give a power of two, such as 16")
+    if chunk_size < 1 or max_num_seqs < 1:
+      raise InputError(f"chunk_size is {chunk_size} and max_num_seqs {max_num_seqs}; both must be at least 1")
+    self.config = _cache_config(
+        self._model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes)
+    self._batch = Batch(self._model, self.config, chunk_size)
+    self._seed = seed
+
+  def generate(
+      self,
+      prompts: Prompt | Sequences[Prompt],
+      sampling_params: SamplingParams | Sequences[SamplingParams] | None = None,
+      compression: Compression | None = None,
+      *,
+      on_text: OnText | None = None,
+      return_positions: bool = False,
+      progress: bool = False,
+  ) -> list[RequestOutput]:
+    """Generates text for each prompt.
+
+    Prompts run together, as many as slots and blocks allow; the others wait.
+
+    Args:
+      prompts: text or token ids; one or many, of any lengths.
+      sampling_params: one for all, or one for each prompt.
+      compression: None holds every KV.
+      on_text: called with each piece of text as it comes.
+      return_positions: put the positions of the KVs held at the end into the receipts.
+      progress: show a progress bar on stderr.
+
+    Returns:
+      One result per prompt, in the order of the prompts.
+
+    Raises:
+      InputError: before anything runs, where a prompt is empty, too long, out of
+        the vocabulary, or larger than the whole pool.
+    """
+    sequences = self._sequences(prompts, sampling_params, compression)
+    waiting = collections.deque(sequences)
+    running: list[Sequence] = []
+    outputs: dict[int, RequestOutput] = {}
+    with tqdm.tqdm(total=len(sequences), disable=not progress, unit="prompt", desc="generating") as bar:
+      try:
+        while waiting or running:
+          self._admit(waiting, running, on_text)
+          self._decode(running, on_text)
+          for sequence in [s for s in running if s.finish_reason]:
+            outputs[sequence.index] = self._result(sequence, return_positions)
+            self._batch.release(sequence)
+            running.remove(sequence)
+            bar.update()
+      finally:
+        for sequence in running:  # a callback raised, or the user broke off
+          self._batch.release(sequence)
+    return [outputs[i] for i in range(len(sequences))]
+
+  def chat(
+      self,
+      messages: Sequences[dict[str, Any]],
+      sampling_params: SamplingParams | None = None,
+      compression: Compression | None = None,
+      **options: Any,
+  ) -> RequestOutput:
+    """Generates the answer to a conversation, through the model's chat template.
+
+    Args:
+      messages: [{"role": ..., "content": ...}, ...].
+      sampling_params: as for `generate`.
+      compression: as for `generate`.
+      **options: further arguments of `generate`.
+
+    Raises:
+      InputError: the model folder has no chat template.
+    """
+    prompt = self.tokenizer.apply_chat_template(list(messages))
+    return self.generate([prompt], sampling_params, compression, **options)[0]
+
+  @property
+  def free_blocks(self) -> int:
+    """Blocks of the pool that are free now."""
+    return self._batch.free_blocks
+
+  def _sequences(self, prompts, sampling_params, compression) -> list[Sequence]:
+    prompts = _as_list(prompts)
+    params = sampling_params or SamplingParams()
+    every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(every) != len(prompts):
+      raise InputError(f"{len(prompts)} prompts but {len(every)} SamplingParams; give one, or one for each prompt")
+    ids = [self._prompt_ids(i, prompt) for i, prompt in enumerate(prompts)]
+    return [self._sequence(i, *pair, compression) for i, pair in enumerate(zip(ids, every, strict=True))]
+
+  def _sequence(self, index: int, prompt: list[int], params: SamplingParams, compression) -> Sequence:
+    if params.seed is None:
+      params = dataclasses.replace(params, seed=(self._seed + index) % 2**32)
+    decoder = IncrementalDecoder(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
+    return Sequence(index=index, prompt=prompt, params=params, compression=compression,
+                    output=OutputText(decoder, params.stop_strings))
+
+  def _prompt_ids(self, index: int, prompt: Prompt) -> list[int]:
+    """Encodes and checks a prompt."""
+    ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    vocab = self._model.config.vocab_size
+    if not ids:
+      raise InputError(f"prompt {index} has no tokens; give at least one token id")
+    wrong = [i for i in ids if not 0 <= i < vocab]
+    if wrong:
+      raise InputError(f"prompt {index}: token id {wrong[0]} is outside the vocabulary of {vocab} tokens")
+    if len(ids) >= self.max_model_len:
+      raise InputError(
+          f"prompt {index} has {len(ids)} tokens, but the context is {self.max_model_len} with at least one "
+          "to generate; shorten it or raise max_model_len up to the model's own context")
+    if self._blocks_to_start(ids) > self.config.num_blocks - 1:
+      raise InputError(
+          f"prompt {index} needs {self._blocks_to_start(ids)} blocks, but the pool has "
+          f"{self.config.num_blocks - 1}; raise num_blocks or kv_cache_memory_bytes, or shorten the prompt")
+    return ids
+
+  def _blocks_to_start(self, prompt: list[int]) -> int:
+    """The prompt's blocks and room for the first token behind it."""
+    return self.config.blocks_for(len(prompt) + 1)
+
+  def _admit(self, waiting: collections.deque, running: list[Sequence], on_text: OnText | None) -> None:
+    """Prefills waiting prompts, in order, while slots and blocks last."""
+    while waiting and self._batch.has_free_slot:
+      if self._blocks_to_start(waiting[0].prompt) > self._batch.free_blocks:
+        return
+      sequence = waiting.popleft()
+      running.append(sequence)
+      logits = self._batch.prefill(sequence)
+      if sequence.compression:
+        self._batch.compress([sequence])
+      token = self._batch.sample(logits[None], [sequence])[0]
+      self._accept(sequence, int(token), on_text)
+
+  def _decode(self, running: list[Sequence], on_text: OnText | None) -> None:
+    """One token for every sequence that has not ended, then the compressions that are due."""
+    going = [s for s in running if not s.finish_reason]
+    if not going:
+      return
+    logits, ok = self._batch.decode(going)
+    by_slot: list[Sequence | None] = [None] * self.config.num_slots
+    for sequence in going:
+      by_slot[sequence.slot] = sequence
+    tokens = self._batch.sample(logits, by_slot)
+    moved = [s for s in going if ok[s.slot]]
+    due = [s for s in moved if _is_due(s)]
+    if due:
+      self._batch.compress(due)
+    for sequence in moved:
+      self._accept(sequence, int(tokens[sequence.slot]), on_text)
+    if not moved:  # no block is free and nobody will free one: the newest gives way
+      self._finish(going[-1], "cache_full", on_text)
+
+  def _accept(self, sequence: Sequence, token: int, on_text: OnText | None) -> None:
+    """Takes a generated token: text, stop conditions, callback."""
+    params = sequence.params
+    sequence.token_ids.append(token)
+    ended = token in params.stop_token_ids or (token in self._eos_ids and not params.ignore_eos)
+    if ended:
+      return self._finish(sequence, "stop", on_text)
+    piece = sequence.output.add(token)
+    if sequence.output.stopped:
+      return self._finish(sequence, "stop", on_text, piece)
+    length = len(sequence.prompt) + len(sequence.token_ids)
+    if len(sequence.token_ids) >= params.max_tokens or length >= self.max_model_len:
+      return self._finish(sequence, "length", on_text, piece)
+    if on_text and piece:
+      on_text(StreamChunk(index=sequence.index, text=piece, token_ids=[token], finish_reason=None))
+    return None
+
+  def _finish(
+      self, sequence: Sequence, reason: FinishReason, on_text: OnText | None, piece: str = ""
+  ) -> None:
+    piece += sequence.output.finish()
+    # The text may end in a stop string that only the last bytes completed.
+    sequence.finish_reason = "stop" if sequence.output.stopped else reason
+    if on_text:
+      on_text(StreamChunk(index=sequence.index, text=piece, token_ids=sequence.token_ids[-1:],
+                          finish_reason=sequence.finish_reason))
+
+  def _result(self, sequence: Sequence, positions: bool) -> RequestOutput:
+    assert sequence.finish_reason is not None
+    return RequestOutput(
+        index=sequence.index, prompt_token_ids=sequence.prompt, token_ids=sequence.token_ids,
+        text=sequence.output.text, finish_reason=sequence.finish_reason,
+        receipt=self._batch.receipt(sequence, positions=positions))
+
+  @property
+  def _eos_ids(self) -> frozenset[int]:
+    return self.tokenizer.eos_ids | frozenset(self._model.config.eos_token_ids)
+
+
+def _as_list(prompts: Prompt | Sequences[Prompt]) -> list[Prompt]:
+  if isinstance(prompts, str):
+    return [prompts]
+  prompts = list(prompts)
+  if prompts and isinstance(prompts[0], (int, np.integer)):
+    return [prompts]  # one prompt, as ids
+  return prompts
+
+
+def _is_due(sequence: Sequence) -> bool:
+  compression = sequence.compression
+  return bool(compression and compression.interval and sequence.steps % compression.interval == 0)
+
+
+def _context(asked: int | None, own: int) -> int:
+  if asked is not None and not 2 <= asked <= own:
+    raise InputError(f"max_model_len is {asked}; give 2 to {own}, the model's own context")
+  return asked or own
+
+
+def _cache_config(
+    model: Llama, max_model_len: int, max_num_seqs: int, block_size: int,
+    num_blocks: int | None, memory_bytes: int | None,
+) -> CacheConfig:
+  shape = model.config
+  dtype = model.embed.embedding[...].dtype
+  config = CacheConfig(
+      num_layers=shape.num_layers, num_slots=max_num_seqs, num_kv_heads=shape.num_kv_heads,
+      head_dim=shape.head_dim, num_blocks=2, max_blocks_per_head=-(-max_model_len // block_size),
+      block_size=block_size, dtype=dtype)
+  if num_blocks is None:
+    wanted = max_num_seqs * config.blocks_for(max_model_len)
+    budget = memory_bytes if memory_bytes is not None else _free_memory()
+    num_blocks = min(wanted, budget // config.bytes_per_block - 1) + 1
+  if num_blocks <= config.heads_per_sequence:
+    raise InputError(
+        f"the pool has {max(num_blocks, 0)} blocks, but one sequence needs at least "
+        f"{config.heads_per_sequence + 1} (a block for each of {config.heads_per_sequence} heads, and the "
+        "null block); raise num_blocks or kv_cache_memory_bytes")
+  return dataclasses.replace(config, num_blocks=num_blocks)
+
+
+def _free_memory() -> int:
+  """Bytes that the pool may take where the caller does not say."""
+  stats = jax.devices()[0].memory_stats() or {}
+  if "bytes_limit" not in stats:
+    return _CPU_POOL_BYTES
+  return int(_DEVICE_MEMORY_SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))

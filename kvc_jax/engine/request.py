@@ -1,0 +1,142 @@
+"""What a caller asks of the engine and what comes back."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+
+from kvc_jax.errors import InputError
+
+FinishReason = Literal["stop", "length", "cache_full"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+  """How tokens are drawn and when a request ends. Names and meanings as in vLLM.
+
+  Attributes:
+    temperature: 0 is greedy.
+    top_k: most probable tokens to draw from; 0 or -1 is all.
+    top_p: smallest set of tokens whose probabilities reach this sum.
+    min_p: least probability, relative to the best token's.
+    seed: of this request's draws; None takes the engine's.
+    max_tokens: most tokens to generate.
+    stop: a string or strings that end the text; they are left out of it.
+    stop_token_ids: ids that end the text, beside the model's end-of-sequence ids.
+    ignore_eos: go on past end-of-sequence ids.
+    skip_special_tokens: leave special tokens out of the text.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  seed: int | None = None
+  max_tokens: int = 128
+  stop: str | tuple[str, ...] | list[str] = ()
+  stop_token_ids: tuple[int, ...] | list[int] = ()
+  ignore_eos: bool = False
+  skip_special_tokens: bool = True
+
+  def __post_init__(self):
+    if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+      raise InputError(f"SamplingParams: temperature is {self.temperature}; give 0 (greedy) or more")
+    if self.top_k < -1:
+      raise InputError(f"SamplingParams: top_k is {self.top_k}; give a positive number, or 0 for all")
+    if not 0 < self.top_p <= 1:
+      raise InputError(f"SamplingParams: top_p is {self.top_p}; give a number above 0 and up to 1")
+    if not 0 <= self.min_p <= 1:
+      raise InputError(f"SamplingParams: min_p is {self.min_p}; give a number from 0 to 1")
+    if self.max_tokens < 1:
+      raise InputError(f"SamplingParams: max_tokens is {self.max_tokens}; give at least 1")
+    if self.seed is not None and not 0 <= self.seed < 2**32:
+      raise InputError(f"SamplingParams: seed is {self.seed}; give a whole number from 0 to 2**32 - 1")
+    if any(not s for s in self.stop_strings):
+      raise InputError("SamplingParams: an empty stop string would end every text at once; leave it out")
+
+  @property
+  def stop_strings(self) -> tuple[str, ...]:
+    """`stop` as a tuple."""
+    return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressionReceipt:
+  """What a request's cache held when it ended, beside what it would have held uncompressed.
+
+  Attributes:
+    tokens_seen: tokens that went through the model (prompt and output).
+    kvs_kept: i32 [L, H] KVs held by each head at the end.
+    blocks_uncompressed: blocks for all KVs seen.
+    blocks_held: blocks held at the end.
+    bytes_per_block: keys, values, scores and positions.
+    freed_blocks: blocks that evictions gave back, over the request's life.
+    compressions: how often it was compressed.
+    rate_asked: the rate of `Compression`, or None where only a size was given.
+    positions: i32 [L, H, max KVs kept], positions held by each head in
+      ascending order, -1 behind them; None unless asked for.
+  """
+
+  tokens_seen: int
+  kvs_kept: np.ndarray
+  blocks_uncompressed: int
+  blocks_held: int
+  bytes_per_block: int
+  freed_blocks: int
+  compressions: int
+  rate_asked: float | None
+  positions: np.ndarray | None = None
+
+  @property
+  def kvs_seen(self) -> int:
+    """KVs that went through the cache, over all layers and heads."""
+    return self.tokens_seen * self.kvs_kept.size
+
+  @property
+  def rate_reached(self) -> float:
+    """Blocks without compression over blocks held: what memory really shrank by."""
+    return self.blocks_uncompressed / max(self.blocks_held, 1)
+
+  @property
+  def bytes_uncompressed(self) -> int:
+    return self.blocks_uncompressed * self.bytes_per_block
+
+  @property
+  def bytes_held(self) -> int:
+    return self.blocks_held * self.bytes_per_block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+  """The result of one prompt.
+
+  Attributes:
+    index: place of the prompt in the call.
+    prompt_token_ids: ids of the prompt.
+    token_ids: ids generated; the one that ended the text is included.
+    text: decoded output, without stop strings and end-of-sequence tokens.
+    finish_reason: "stop" (a stop string or id), "length" (max_tokens or the
+      model's context), "cache_full" (the pool had no block left for it).
+    receipt: what the cache held.
+  """
+
+  index: int
+  prompt_token_ids: list[int]
+  token_ids: list[int]
+  text: str
+  finish_reason: FinishReason
+  receipt: CompressionReceipt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamChunk:
+  """A piece of one request's text, as given to a streaming callback.
+
+  `finish_reason` is None until the request's last chunk.
+  """
+
+  index: int
+  text: str
+  token_ids: list[int]
+  finish_reason: FinishReason | None

@@ -1,0 +1,85 @@
+"""What a KV is worth: the interface of scoring rules, and what attention-based ones share.
+
+A rule says which prompt queries are observed while prefilling and what becomes
+of the accumulated sums when KVs are chosen for eviction. The sums themselves
+are computed by `kvc_jax.attention`, in f32, from softmax probabilities.
+"""
+
+import dataclasses
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from kvc_jax.errors import InputError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeldKVs:
+  """What a rule may look at when values are asked for.
+
+  Attributes:
+    scores: f32 [B, L, H, K] accumulated sums, K = M * P entries of each head's list.
+    positions: i32 [B, L, H, K] token positions.
+    num_tokens: i32 [B] tokens seen.
+    first_query: i32 [B] position of the first query that was observed.
+  """
+
+  scores: jax.Array
+  positions: jax.Array
+  num_tokens: jax.Array
+  first_query: jax.Array
+
+
+class ScoringRule(Protocol):
+  """A frozen, hashable object (it is a static argument of jitted functions).
+
+  Attributes:
+    observed: prompt queries whose attention is summed: none, the last `queries`, or all.
+    queries: how many with "last".
+    power: probability ** power is summed.
+    buffer: newest tokens that a query does not count for.
+    pooling: width of the max-pool along keys with "last"; 1 is none.
+  """
+
+  @property
+  def observed(self) -> Literal["none", "last", "all"]: ...
+  @property
+  def queries(self) -> int: ...
+  @property
+  def power(self) -> int: ...
+  @property
+  def buffer(self) -> int: ...
+  @property
+  def pooling(self) -> int: ...
+
+  def value(self, kvs: HeldKVs) -> jax.Array:
+    """Worth of each KV, f32 [B, L, H, K]; the lowest go first. Entries not held are ignored."""
+    ...
+
+
+def check_attention_rule(rule: ScoringRule, reduction: str) -> None:
+  """Raises InputError where a number of an attention-based rule is out of range."""
+  if rule.power not in (1, 2):
+    raise InputError(f"scoring: power is {rule.power!r}; give 1 or 2")
+  if reduction not in ("sum", "mean"):
+    raise InputError(f"scoring: reduction is {reduction!r}; give 'sum' or 'mean'")
+  if rule.observed == "last" and rule.queries < 1:
+    raise InputError(f"scoring: queries is {rule.queries}; at least 1 is needed")
+  if rule.buffer < 0:
+    raise InputError(f"scoring: buffer is {rule.buffer}; it cannot be negative")
+  if rule.pooling < 1 or rule.pooling % 2 == 0:
+    raise InputError(f"scoring: pooling is {rule.pooling}; an odd width of at least 1 is needed")
+
+
+def first_observed(rule: ScoringRule, prompt_tokens: int) -> int:
+  """Position of the first query that `rule` observes in a prompt of that many tokens."""
+  return max(0, prompt_tokens - rule.queries) if rule.observed == "last" else 0
+
+
+def mean_over_queries(kvs: HeldKVs, buffer: int) -> jax.Array:
+  """Sums divided by the number of observed queries that counted for each KV (at least 1)."""
+  first = jnp.maximum(kvs.positions + buffer, kvs.first_query[:, None, None, None])
+  count = kvs.num_tokens[:, None, None, None] - first
+  return kvs.scores / jnp.maximum(count, 1).astype(jnp.float32)

@@ -1,0 +1,47 @@
+"""KVC-full: attention of all queries."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from kvc_jax.eviction.score import HeldKVs, check_attention_rule, mean_over_queries
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullAttention:
+  """Sum of squared attention of every query, no pooling.
+
+  A query counts for a key only when key position <= query position - buffer:
+  a token's own and its near neighbours' attention say little about its worth.
+
+  Source: KV-Compress (arXiv 2410.00161), KVC-full; with power 1 and buffer 0
+  the accumulated score of H2O.
+
+  Attributes:
+    power: 2 for squared attention, 1 for plain.
+    reduction: "sum", or "mean" over the queries that counted for the key.
+    buffer: newest tokens that a query does not count for.
+  """
+
+  power: int = 2
+  reduction: Literal["sum", "mean"] = "sum"
+  buffer: int = 10
+
+  def __post_init__(self):
+    check_attention_rule(self, self.reduction)
+
+  @property
+  def observed(self) -> Literal["none", "last", "all"]:
+    return "all"
+
+  @property
+  def queries(self) -> int:
+    return 0
+
+  @property
+  def pooling(self) -> int:
+    return 1
+
+  def value(self, kvs: HeldKVs) -> jax.Array:
+    return mean_over_queries(kvs, self.buffer) if self.reduction == "mean" else kvs.scores

@@ -1,0 +1,64 @@
+"""Choosing the next token on the device: greedy, temperature, top-k, top-p, min-p."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
+  """Sampling settings of each row; one compile serves any mix.
+
+  Attributes:
+    temperature: f32 [S]; 0 is greedy.
+    top_k: i32 [S]; 0 is off.
+    top_p: f32 [S]; 1 is off.
+    min_p: f32 [S]; 0 is off.
+    seed: u32 [S] of the request.
+    step: i32 [S] index of the token to be drawn among the request's outputs.
+  """
+
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+  min_p: jax.Array
+  seed: jax.Array
+  step: jax.Array
+
+
+def sample(logits: Float[Array, "seqs vocab"], params: SamplingArrays) -> Int[Array, " seqs"]:
+  """Draws one token id per row, i32 [S].
+
+  A draw depends on the row's logits, seed and step alone, never on its place in
+  the batch.
+  """
+  greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  def drawn() -> Array:
+    scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
+    kept = _truncate(scaled, params)
+    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(params.seed, params.step)
+    tokens = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+    return jnp.where(params.temperature > 0, tokens, greedy)
+
+  return lax.cond(jnp.any(params.temperature > 0), drawn, lambda: greedy)
+
+
+def _truncate(logits: Array, params: SamplingArrays) -> Array:
+  """Logits with -inf where top-k, top-p or min-p rule a token out; the best always stays."""
+  vocab = logits.shape[-1]
+  order = jnp.argsort(logits, axis=-1, descending=True)
+  ranked = jnp.take_along_axis(logits, order, axis=-1)
+  probabilities = jax.nn.softmax(ranked, axis=-1)
+  before = jnp.cumsum(probabilities, axis=-1) - probabilities
+  rank = jnp.arange(vocab)
+  top_k = jnp.where(params.top_k > 0, params.top_k, vocab)[:, None]
+  stays = (rank < top_k) & (before < params.top_p[:, None])
+  stays &= probabilities >= params.min_p[:, None] * probabilities[:, :1]
+  stays |= rank == 0
+  rows = jnp.arange(logits.shape[0])[:, None]
+  return jnp.full_like(logits, -jnp.inf).at[rows, order].set(jnp.where(stays, ranked, -jnp.inf))

@@ -1,0 +1,155 @@
+"""Prefill in chunks, decode, and the scores of both, against the oracles."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from builders import held_kvs, poison
+
+from kvc_jax.attention.decode import decode_attention
+from kvc_jax.attention.prefill import init_observation, prefill_attention, score_observed
+from kvc_jax.cache.alloc import allocate
+from kvc_jax.cache.state import CacheConfig, check_invariants, init_cache
+from kvc_jax.eviction.score import HeldKVs, first_observed
+from kvc_jax.eviction.score_full import FullAttention
+from kvc_jax.eviction.score_window import WindowAttention
+
+HEADS, GROUP, DIM, SCALE, SLOT = 2, 3, 8, 0.4, 1
+CONFIG = CacheConfig(
+    num_layers=2, num_slots=3, num_kv_heads=HEADS, head_dim=DIM, num_blocks=120, max_blocks_per_head=20,
+    block_size=4, dtype=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _chunk(state, observation, qkv, count, rule):
+  state, ok = allocate(state, jnp.array([SLOT]), count[None], max_count=qkv[0].shape[1])
+  outs = []
+  for layer in range(CONFIG.num_layers):
+    out, state, observation = prefill_attention(
+        state, observation, jnp.int32(layer), *(x[layer] for x in qkv), slot=jnp.int32(SLOT), count=count,
+        scale=SCALE, rule=rule)
+    outs.append(out)
+  return jnp.stack(outs), ok[0], state, observation
+
+
+def _prefill(qkv, chunk, rule):
+  """Runs a prompt in chunks; returns outputs [L, T, H*G, D] and the scored cache."""
+  tokens = qkv[0].shape[1]
+  state = poison(init_cache(CONFIG))
+  observation = init_observation(rule, CONFIG.num_layers, HEADS * GROUP, DIM, jnp.float32)
+  outs = []
+  for start in range(0, tokens, chunk):
+    count = min(chunk, tokens - start)
+    piece = [np.pad(x[:, start : start + count], ((0, 0), (0, chunk - count), (0, 0), (0, 0))) for x in qkv]
+    out, ok, state, observation = _chunk(state, observation, piece, jnp.int32(count), rule)
+    assert ok
+    state = poison(state)
+    outs.append(np.asarray(out)[:, :count])
+  if rule is not None:
+    state = score_observed(state, observation, jnp.int32(SLOT), scale=SCALE, rule=rule)
+  check_invariants(state)
+  return np.concatenate(outs, axis=1), state
+
+
+def _random_qkv(seed, tokens):
+  rng = np.random.default_rng(seed)
+  return [rng.normal(size=(2, tokens, n, DIM)).astype(np.float32) for n in (HEADS * GROUP, HEADS, HEADS)]
+
+
+def _scores(state):
+  return np.array([[[s for _, s in head] for head in layer] for layer in held_kvs(state, SLOT)])
+
+
+@pytest.mark.parametrize("chunk", [64, 16, 5])
+@pytest.mark.parametrize("tokens", [1, 3, 37])
+def test_output_equals_dense_attention(chunk, tokens):
+  qkv = _random_qkv(tokens, tokens)
+  out, _ = _prefill(qkv, chunk, None)
+  where = np.arange(tokens)
+  for layer in range(2):
+    expected = oracles.attention(*(x[layer] for x in qkv), where, where, SCALE)
+    np.testing.assert_allclose(out[layer], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [64, 16, 5])
+@pytest.mark.parametrize("rule", [
+    WindowAttention(queries=8), WindowAttention(queries=1, pooling=1), WindowAttention(queries=64, power=1, pooling=5)],
+    ids=repr)
+def test_window_scores(chunk, rule):
+  """Equal to the oracle in chunks of any size: the observed queries may lie in several chunks."""
+  qkv = _random_qkv(0, 37)
+  _, state = _prefill(qkv, chunk, rule)
+  for layer in range(2):
+    expected = oracles.window_scores(
+        qkv[0][layer], qkv[1][layer], queries=rule.queries, power=rule.power, pooling=rule.pooling, scale=SCALE)
+    np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk", [64, 16, 5])
+@pytest.mark.parametrize("rule", [FullAttention(), FullAttention(power=1, buffer=0)], ids=repr)
+def test_full_scores(chunk, rule):
+  qkv = _random_qkv(1, 37)
+  _, state = _prefill(qkv, chunk, rule)
+  for layer in range(2):
+    expected = oracles.full_scores(
+        qkv[0][layer], qkv[1][layer], power=rule.power, buffer=rule.buffer, scale=SCALE)
+    np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", [
+    FullAttention(buffer=3), FullAttention(power=1, buffer=0), WindowAttention(queries=4, buffer=1)], ids=repr)
+def test_decode_adds_to_scores(rule):
+  qkv = _random_qkv(2, 20)
+  _, state = _prefill(qkv, 32, rule)
+  before = _scores(state)
+  new = _random_qkv(3, CONFIG.num_slots)
+  state, _ = allocate(state, jnp.array([SLOT]), jnp.array([1]), max_count=1)
+  for layer in range(2):
+    _, state = decode_attention(
+        state, jnp.int32(layer), *(x[layer] for x in new), active=jnp.arange(3) == SLOT, scale=SCALE, rule=rule)
+    keys = np.concatenate([qkv[1][layer], new[1][layer, SLOT : SLOT + 1]]).swapaxes(0, 1)
+    gain = oracles.decode_scores(
+        new[0][layer, SLOT], 20, keys, [np.arange(21)] * HEADS, power=rule.power, buffer=rule.buffer, scale=SCALE)
+    expected = np.pad(before[layer], ((0, 0), (0, 1))) + np.array(gain)
+    np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
+
+
+def test_no_rule_leaves_scores_alone():
+  _, state = _prefill(_random_qkv(4, 9), 16, None)
+  assert not _scores(state).any()
+
+
+@pytest.mark.parametrize("rule", [WindowAttention(reduction="mean"), FullAttention(reduction="mean", buffer=4)], ids=repr)
+def test_mean_divides_by_queries_that_counted(rule):
+  rng = np.random.default_rng(5)
+  scores = rng.random((1, 2, 2, 30)).astype(np.float32)
+  positions = np.broadcast_to(np.arange(30, dtype=np.int32), scores.shape)
+  first = first_observed(rule, 25)  # 25 prompt tokens and 5 decoded ones
+  value = rule.value(HeldKVs(scores, positions, np.array([30]), np.array([first])))
+  expected = oracles.mean_normalised(scores, positions, 30, first, rule.buffer)
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def _pass(seed, change):
+  """Output and scores of a prompt whose q, k, v went through `change`."""
+  qkv = change(*_random_qkv(seed, 37))
+  out, state = _prefill(qkv, 16, FullAttention(buffer=0))
+  return out, _scores(state)
+
+
+@pytest.mark.parametrize(("name", "change", "seen_in"), [
+    ("zeroed V", lambda q, k, v: (q, k, 0 * v), "output"),
+    ("swapped heads", lambda q, k, v: (q, k[:, :, ::-1], v[:, :, ::-1]), "both"),
+    ("shifted keys", lambda q, k, v: (q, np.roll(k, 1, axis=1), v), "both"),
+    ("shifted values", lambda q, k, v: (q, k, np.roll(v, 1, axis=1)), "output"),
+])
+def test_tolerances_catch_mutations(name, change, seen_in):
+  """Each mutation moves the result by far more than the tolerances above let through."""
+  out, scores = _pass(6, lambda *qkv: qkv)
+  bad_out, bad_scores = _pass(6, change)
+  assert np.abs(out - bad_out).max() > 1e-2, name
+  if seen_in == "both":
+    assert np.abs(scores - bad_scores).max() > 1e-2, name

@@ -1,0 +1,79 @@
+"""The pool is updated in place: read off the compiled steps, nothing is run.
+
+A pool of 16 sequences of 4096 tokens in the head shape of Llama-3.1-8B.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvc_jax.attention.prefill import init_observation
+from kvc_jax.cache.state import CacheConfig, init_cache
+from kvc_jax.config import LlamaConfig, RopeConfig
+from kvc_jax.engine import steps
+from kvc_jax.eviction.score_full import FullAttention
+from kvc_jax.eviction.score_window import WindowAttention
+from kvc_jax.model.llama import abstract_llama
+
+SLOTS, TOKENS, BLOCK = 16, 4096, 16
+MODEL = LlamaConfig(
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=32, num_kv_heads=8, head_dim=128,
+    rms_norm_eps=1e-5, rope=RopeConfig())
+CACHE = CacheConfig(
+    num_layers=MODEL.num_layers, num_slots=SLOTS, num_kv_heads=MODEL.num_kv_heads, head_dim=MODEL.head_dim,
+    num_blocks=SLOTS * MODEL.num_layers * MODEL.num_kv_heads * TOKENS // BLOCK + 1, block_size=BLOCK,
+    max_blocks_per_head=TOKENS // BLOCK, dtype=jnp.bfloat16)
+STATE = jax.eval_shape(lambda: init_cache(CACHE))
+LLAMA = abstract_llama(MODEL, jnp.bfloat16)
+
+
+def _ints(*shape):
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _bytes(tree):
+  return sum(np.prod(x.shape, dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _decode(rule):
+  active = jax.ShapeDtypeStruct((SLOTS,), jnp.bool_)
+  return steps.decode_step.lower(LLAMA, STATE, _ints(SLOTS), active, rule=rule)
+
+
+def _prefill(rule):
+  observation = jax.eval_shape(
+      lambda: init_observation(rule, MODEL.num_layers, MODEL.num_heads, MODEL.head_dim, jnp.bfloat16))
+  return steps.prefill_chunk.lower(LLAMA, STATE, observation, _ints(128), _ints(), _ints(), rule=rule)
+
+
+def _evict(allocation):
+  rows = (_ints(1),) * 5
+  return steps.evict.lower(STATE, *rows, rule=WindowAttention(), allocation=allocation)
+
+
+LOWERED = {
+    "decode": lambda: _decode(None),
+    "decode with scores": lambda: _decode(FullAttention()),
+    "prefill": lambda: _prefill(None),
+    "prefill with all scores": lambda: _prefill(FullAttention()),
+    "evict over all": lambda: _evict("all"),
+    "evict per head": lambda: _evict("head"),
+    "release": lambda: steps.release.lower(STATE, _ints(1)),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_pool_is_aliased_and_temporaries_are_small(name):
+  memory = LOWERED[name]().compile().memory_analysis()
+  pool = _bytes((STATE.kv, STATE.scores, STATE.positions))
+  assert memory.alias_size_in_bytes >= pool
+  assert memory.temp_size_in_bytes < 0.05 * pool
+
+
+def test_without_donation_a_second_pool_appears():
+  """The measure above can fail: undonated, the same step does not alias the pool."""
+  undonated = jax.jit(lambda state, slots: steps.release(state, slots))
+  memory = undonated.lower(STATE, _ints(1)).compile().memory_analysis()
+  assert memory.alias_size_in_bytes == 0
+  assert memory.output_size_in_bytes >= _bytes(STATE.kv)

@@ -1,0 +1,151 @@
+"""The eviction step against the NumPy oracle."""
+
+import functools
+
+import jax
+import numpy as np
+import oracles
+import pytest
+from builders import build_cache, held_keys_and_values, held_kvs, tag
+
+from kvc_jax.cache.state import check_invariants
+from kvc_jax.eviction.score_random import RandomScore
+from kvc_jax.eviction.score_window import WindowAttention
+from kvc_jax.eviction.step import evict
+
+LAYERS, SLOTS, HEADS, MAX_TOKENS = 2, 4, 3, 48
+CASES_PER_SETTING = 25
+SETTINGS = [(a, p) for a in ("all", "layer", "head") for p in (1, 4, 16)]
+
+
+def _random_head(rng, num_tokens, ties):
+  """Some of a sequence's positions, in any order, with scores."""
+  kind = rng.integers(8)
+  count = 0 if kind == 0 else num_tokens if kind < 4 else int(rng.integers(1, num_tokens + 1))
+  positions = rng.permutation(num_tokens)[:count]
+  if ties:
+    scores = rng.integers(0, 4, count).astype(np.float32)
+  else:
+    scores = rng.exponential(size=count).astype(np.float32)
+  return [(int(p), float(s)) for p, s in zip(positions, scores, strict=True)]
+
+
+def _random_sequence(rng):
+  num_tokens, ties = int(rng.integers(1, MAX_TOKENS + 1)), rng.random() < 0.5
+  heads = [[_random_head(rng, num_tokens, ties) for _ in range(HEADS)] for _ in range(LAYERS)]
+  return num_tokens, heads
+
+
+def _random_request(rng, num_tokens):
+  """A budget in tokens, a window and sinks: from nothing protected to everything."""
+  budget = int(rng.integers(1, num_tokens + 8))
+  window = int(rng.choice([0, 1, 4, num_tokens // 2, num_tokens, num_tokens + 9]))
+  return budget, window, int(rng.choice([0, 0, 1, 4]))
+
+
+@functools.cache
+def _jitted(allocation):
+  return jax.jit(functools.partial(evict, rule=WindowAttention(), allocation=allocation))
+
+
+def _check_sequence(before, state, slot, sequence, request, allocation, block_size, freed):
+  num_tokens, heads = sequence
+  budget, window, sinks = request
+  kept, blocks = oracles.evict(
+      heads, num_tokens=num_tokens, window=window, sinks=sinks, block_size=block_size, allowed=budget,
+      allocation=allocation)
+  assert held_kvs(state, slot) == kept
+  assert freed == np.sum(blocks)
+  for layer, head in np.ndindex(LAYERS, HEADS):
+    positions, keys, values = held_keys_and_values(state, layer, slot, head)
+    tags = np.array([tag(slot, layer, head, p) for p in positions], np.float32)[:, None]
+    np.testing.assert_array_equal(keys, np.broadcast_to(tags, keys.shape))
+    np.testing.assert_array_equal(values, np.broadcast_to(-tags, values.shape))
+
+
+@pytest.mark.parametrize(("allocation", "block_size"), SETTINGS)
+def test_equals_oracle(allocation, block_size):
+  """225 random caches in all: ties, empty heads, partial blocks, all protected, budget above
+  length; two sequences in one call beside one that is left alone."""
+  rng = np.random.default_rng(SETTINGS.index((allocation, block_size)))
+  max_blocks = -(-MAX_TOKENS // block_size)
+  for _ in range(CASES_PER_SETTING):
+    slots = [int(s) for s in rng.permutation(SLOTS)[:3]]
+    sequences = {slot: _random_sequence(rng) for slot in slots}
+    state = build_cache(
+        rng, sequences, slots=SLOTS, block_size=block_size, max_blocks=max_blocks,
+        num_blocks=SLOTS * LAYERS * HEADS * max_blocks + 1)
+    check_invariants(state)
+    requests = [_random_request(rng, sequences[slot][0]) for slot in slots[:2]]
+    rows = np.array([[s, *r] for s, r in zip(slots[:2], requests, strict=True)] + [[SLOTS, 1, 1, 0]], np.int32).T
+    new, report = _jitted(allocation)(state, *rows)
+    check_invariants(new)
+    for i, slot in enumerate(slots[:2]):
+      _check_sequence(
+          state, new, slot, sequences[slot], requests[i], allocation, block_size, int(report.freed_blocks[i]))
+      np.testing.assert_array_equal(report.lengths[i], new.lengths[:, slot])
+    assert held_kvs(new, slots[2]) == held_kvs(state, slots[2])
+    assert int(report.freed_blocks[2]) == 0
+    assert int(new.free_count) == int(state.free_count) + int(report.freed_blocks.sum())
+
+
+def test_hand_worked():
+  """Two heads of 4 KVs in blocks of 2; two of the four blocks may stay; position 3 is protected.
+
+  Head 0, scores 5 1 4 (9): its first block costs its 2nd smallest, 4; a second one
+  would need four evictable KVs. Head 1, scores 3 2 8 (8): its first costs 3. Both
+  are freed: head 0 loses scores 1 and 4, head 1 loses 2 and 3.
+  """
+  heads = [[[(0, 5.0), (1, 1.0), (2, 4.0), (3, 9.0)], [(0, 3.0), (1, 2.0), (2, 8.0), (3, 8.0)]]]
+  state = build_cache(
+      np.random.default_rng(0), {0: (4, heads)}, slots=1, block_size=2, max_blocks=2, num_blocks=5)
+  new, report = evict(
+      state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention())
+  assert held_kvs(new, 0) == [[[(0, 5.0), (3, 9.0)], [(2, 8.0), (3, 8.0)]]]
+  assert report.freed_blocks.tolist() == [2]
+
+
+def test_ties_take_the_oldest_and_the_first_head():
+  heads = [[[(3, 1.0), (0, 1.0), (2, 1.0), (1, 1.0)], [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0)]]]
+  state = build_cache(
+      np.random.default_rng(0), {0: (9, heads)}, slots=1, block_size=2, max_blocks=2, num_blocks=5)
+  three_blocks = np.array([3])  # ceil(3 / 2) = 2 a head: nothing to do
+  same, _ = evict(state, np.array([0]), three_blocks, np.array([1]), np.array([0]), rule=WindowAttention())
+  assert held_kvs(same, 0) == held_kvs(state, 0)
+  new, _ = evict(state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention())
+  # Two blocks go, both of equal cost: head 0 pays both, for it comes first.
+  assert [len(h) for h in held_kvs(new, 0)[0]] == [0, 4]
+  one_each, _ = evict(
+      state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention(), allocation="head")
+  assert [[p for p, _ in h] for h in held_kvs(one_each, 0)[0]] == [[2, 3], [2, 3]]
+
+
+def test_negative_scores_are_ordered():
+  """A rule of one's own may value KVs below zero."""
+  heads = [[[(0, 0.0), (1, -2.0), (2, 3.0), (3, -1.0)]]]
+  state = build_cache(
+      np.random.default_rng(0), {0: (9, heads)}, slots=1, block_size=2, max_blocks=2, num_blocks=3)
+  new, _ = evict(state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention())
+  assert [p for p, _ in held_kvs(new, 0)[0][0]] == [0, 2]
+
+
+def test_random_score_ignores_storage_order_and_slot():
+  """The same positions go wherever and in whatever order they are stored."""
+  rng = np.random.default_rng(0)
+  kept = []
+  for slot in (0, 2):
+    heads = [[[(int(p), 0.0) for p in rng.permutation(32)] for _ in range(HEADS)] for _ in range(LAYERS)]
+    state = build_cache(rng, {slot: (32, heads)}, slots=3, block_size=4, max_blocks=8, num_blocks=60)
+    new, _ = evict(
+        state, np.array([slot]), np.array([12]), np.array([4]), np.array([0]), rule=RandomScore(seed=3))
+    check_invariants(new)
+    kept.append(held_kvs(new, slot))
+  assert kept[0] == kept[1]
+  assert kept[0][0][0] != kept[0][0][1]
+
+
+def test_unknown_allocation_is_refused():
+  state = build_cache(np.random.default_rng(0), {0: (1, [[[(0, 0.0)]]])}, slots=1, block_size=2, max_blocks=2, num_blocks=3)
+  one = np.array([0])
+  with pytest.raises(ValueError, match="'all', 'layer' or 'head'"):
+    evict(state, one, one, one, one, rule=WindowAttention(), allocation="heads")
