@@ -70,7 +70,39 @@ _HOMES = {
     "InputError": "errors",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = [
+    "LLM",
+    "CacheConfig",
+    "CacheState",
+    "Compression",
+    "CompressionReceipt",
+    "Eviction",
+    "FullAttention",
+    "HeldKVs",
+    "InputError",
+    "Llama",
+    "LlamaConfig",
+    "Observation",
+    "RandomScore",
+    "RequestOutput",
+    "RopeConfig",
+    "SamplingParams",
+    "ScoringRule",
+    "StreamChunk",
+    "WindowAttention",
+    "allocate",
+    "check_invariants",
+    "convert",
+    "decode_attention",
+    "evict",
+    "init_cache",
+    "init_observation",
+    "load_model",
+    "prefill_attention",
+    "release",
+    "score_observed",
+    "write",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -81,4 +113,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-  return [*globals(), *_HOMES]
+  return [*globals(), *__all__]

@@ -155,7 +155,8 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
     raise InputError("config.json: the weights are quantised, which is not supported; give bf16, f16 or f32 weights")
   activation = hf.get("hidden_act", "silu")
   if activation not in _ACTIVATIONS:
-    raise InputError(f"config.json: activation {activation!r} is not supported; known ones are {', '.join(_ACTIVATIONS)}")
+    raise InputError(
+        f"config.json: activation {activation!r} is not supported; known ones are {', '.join(_ACTIVATIONS)}")
 
 
 def _positive_int(hf: dict[str, Any], name: str) -> int:

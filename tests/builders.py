@@ -80,7 +80,9 @@ def held_kvs(state: CacheState, slot: int) -> list[list[list[tuple[int, float]]]
   return out
 
 
-def held_keys_and_values(state: CacheState, layer: int, slot: int, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def held_keys_and_values(
+    state: CacheState, layer: int, slot: int, head: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Positions [n], keys [n, D] and values [n, D] that one head holds, by position."""
   ids, n = np.asarray(state.tables[layer, slot, head]), int(state.lengths[layer, slot, head])
   positions = np.asarray(state.positions)[ids].ravel()[:n]

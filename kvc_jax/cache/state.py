@@ -50,6 +50,8 @@ class CacheConfig:
         raise InputError(f"CacheConfig: {field.name} is {value!r}, but a positive whole number is needed")
     if self.num_blocks < 2:
       raise InputError("CacheConfig: num_blocks must be at least 2, for block 0 is never allocated")
+    if self.num_blocks * self.block_size >= 2**31:
+      raise InputError("CacheConfig: num_blocks * block_size must stay below 2**31, for KV slots have 32-bit numbers")
 
   @property
   def heads_per_sequence(self) -> int:
@@ -150,7 +152,7 @@ def check_invariants(state: CacheState) -> None:
   tables, lengths = np.asarray(state.tables), np.asarray(state.lengths)
   n, p, m = state.num_blocks, state.block_size, state.max_blocks_per_head
   free_count = int(state.free_count)
-  assert (lengths >= 0).all() and (lengths <= m * p).all(), "a length is negative or above M * P"
+  assert ((lengths >= 0) & (lengths <= m * p)).all(), "a length is negative or above M * P"
   live = np.arange(m) < -(-lengths[..., None] // p)
   assert (tables[~live] == NULL_BLOCK).all(), "a table entry behind a head's last block is not the null block"
   assert 0 <= free_count < n, f"free_count {free_count} is outside 0..{n - 1}"
@@ -170,4 +172,4 @@ def _check_kvs(state: CacheState, tables: np.ndarray, lengths: np.ndarray) -> No
   assert inside[held].all(), "a held position is outside its sequence"
   ordered = np.sort(np.where(held, positions, -1 - np.arange(held.shape[-1])), axis=-1)
   assert (np.diff(ordered, axis=-1) != 0).all(), "a head holds one position twice"
-  assert np.isfinite(scores[held]).all() and (scores[held] >= 0).all(), "a held score is negative or not finite"
+  assert (np.isfinite(scores) & (scores >= 0))[held].all(), "a held score is negative or not finite"

@@ -124,7 +124,7 @@ class Batch:
   def sample(self, logits: jax.Array, sequences: list[Sequence | None]) -> np.ndarray:
     """Draws a token id for each row of logits; a row without a sequence draws anything."""
     rows = [_sampling_row(s) for s in sequences]
-    columns = [np.asarray(c, d) for c, d in zip(zip(*rows, strict=True), _SAMPLING_DTYPES, strict=True)]
+    columns = [jnp.asarray(c, d) for c, d in zip(zip(*rows, strict=True), _SAMPLING_DTYPES, strict=True)]
     return np.asarray(_sample(logits, SamplingArrays(*columns)))
 
   def compress(self, sequences: list[Sequence]) -> None:

@@ -269,10 +269,9 @@ class LLM:
 def _as_list(prompts: Prompt | Sequences[Prompt]) -> list[Prompt]:
   if isinstance(prompts, str):
     return [prompts]
-  prompts = list(prompts)
-  if prompts and isinstance(prompts[0], (int, np.integer)):
-    return [prompts]  # one prompt, as ids
-  return prompts
+  every: list[Any] = list(prompts)
+  one = bool(every) and isinstance(every[0], (int, np.integer))  # one prompt, as ids
+  return [every] if one else every
 
 
 def _is_due(sequence: Sequence) -> bool:

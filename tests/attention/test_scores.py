@@ -122,7 +122,8 @@ def test_no_rule_leaves_scores_alone():
   assert not _scores(state).any()
 
 
-@pytest.mark.parametrize("rule", [WindowAttention(reduction="mean"), FullAttention(reduction="mean", buffer=4)], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [WindowAttention(reduction="mean"), FullAttention(reduction="mean", buffer=4)], ids=repr)
 def test_mean_divides_by_queries_that_counted(rule):
   rng = np.random.default_rng(5)
   scores = rng.random((1, 2, 2, 30)).astype(np.float32)

@@ -23,10 +23,7 @@ def _random_head(rng, num_tokens, ties):
   kind = rng.integers(8)
   count = 0 if kind == 0 else num_tokens if kind < 4 else int(rng.integers(1, num_tokens + 1))
   positions = rng.permutation(num_tokens)[:count]
-  if ties:
-    scores = rng.integers(0, 4, count).astype(np.float32)
-  else:
-    scores = rng.exponential(size=count).astype(np.float32)
+  scores = (rng.integers(0, 4, count) if ties else rng.exponential(size=count)).astype(np.float32)
   return [(int(p), float(s)) for p, s in zip(positions, scores, strict=True)]
 
 
@@ -145,7 +142,8 @@ def test_random_score_ignores_storage_order_and_slot():
 
 
 def test_unknown_allocation_is_refused():
-  state = build_cache(np.random.default_rng(0), {0: (1, [[[(0, 0.0)]]])}, slots=1, block_size=2, max_blocks=2, num_blocks=3)
+  held = {0: (1, [[[(0, 0.0)]]])}
+  state = build_cache(np.random.default_rng(0), held, slots=1, block_size=2, max_blocks=2, num_blocks=3)
   one = np.array([0])
   with pytest.raises(ValueError, match="'all', 'layer' or 'head'"):
     evict(state, one, one, one, one, rule=WindowAttention(), allocation="heads")

@@ -1,0 +1,293 @@
+"""The `kvc` command: convert, generate, inspect, demo."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from kvc_jax.errors import InputError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _Parser(argparse.ArgumentParser):
+  """Ends with one line on a wrong argument."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns its exit status: 0, 2 on bad input, 130 when interrupted."""
+  args = _parser().parse_args(argv)
+  try:
+    return args.run(args)
+  except InputError as e:
+    return _fail(str(e))
+  except BrokenPipeError:
+    # The reader went away; keep Python from complaining about it at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  except OSError as e:
+    return _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+  except KeyboardInterrupt:
+    print("kvc: interrupted", file=sys.stderr)
+    return 130
+
+
+def _fail(message: str) -> int:
+  print(f"kvc: error: {' '.join(message.split())}", file=sys.stderr)
+  return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(prog="kvc", description="Text generation with a compressed KV cache.")
+  parser.add_argument("--version", action="version", version=_version())
+  commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+  _add_convert(commands)
+  _add_generate(commands)
+  _add_inspect(commands)
+  demo = commands.add_parser("demo", help="tell the shipped model's story at 1x, 2x, 4x and 8x")
+  demo.add_argument("--heatmap", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
+  demo.set_defaults(run=_demo)
+  return parser
+
+
+def _version() -> str:
+  import kvc_jax
+
+  return f"kvc_jax {kvc_jax.__version__}"
+
+
+def _add_convert(commands: Any) -> None:
+  convert = commands.add_parser("convert", help="convert a Hugging Face Llama folder to an Orbax checkpoint")
+  convert.add_argument("source", metavar="SRC", help="folder with config.json, safetensors and tokenizer")
+  convert.add_argument("target", metavar="DST", help="folder to make")
+  convert.add_argument("--dtype", choices=_DTYPES, help="of the weights; the source's own by default")
+  convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+  convert.set_defaults(run=_convert)
+
+
+def _add_generate(commands: Any) -> None:
+  generate = commands.add_parser("generate", help="generate text")
+  _add_model_options(generate)
+  _add_prompt_options(generate)
+  _add_sampling_options(generate)
+  _add_compression_options(generate)
+  generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+  generate.add_argument("--quiet", action="store_true", help="no progress and no receipt on stderr")
+  generate.set_defaults(run=_generate)
+
+
+def _add_inspect(commands: Any) -> None:
+  inspect = commands.add_parser("inspect", help="draw which KVs each layer and head keep")
+  _add_model_options(inspect)
+  _add_prompt_options(inspect)
+  _add_sampling_options(inspect)
+  _add_compression_options(inspect)
+  inspect.add_argument("--out", "-o", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
+  inspect.set_defaults(run=_inspect)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face or converted checkpoint")
+  group = parser.add_argument_group("model and cache")
+  group.add_argument("--dtype", choices=_DTYPES, help="of weights and cache; the checkpoint's own by default")
+  group.add_argument("--max-model-len", type=int, help="most tokens of prompt and output together")
+  group.add_argument("--max-num-seqs", type=int, default=8, help="prompts that run at once (default: %(default)s)")
+  group.add_argument("--block-size", type=int, default=16, help="KVs in a block (default: %(default)s)")
+  group.add_argument("--chunk-size", type=int, default=256, help="tokens of a prefill chunk (default: %(default)s)")
+  group.add_argument("--num-blocks", type=int, help="size of the block pool")
+  group.add_argument("--kv-cache-memory-bytes", type=int, help="size of the block pool in bytes")
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group("prompts (standard input if none is given)")
+  group.add_argument("--prompt", "-p", action="append", default=[], help="text; may be repeated")
+  group.add_argument("--file", "-f", action="append", default=[],
+                     help="file with one prompt, - for standard input; may be repeated")
+  group.add_argument("--chat", action="store_true", help="put each prompt through the model's chat template")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group("sampling")
+  group.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate (default: %(default)s)")
+  group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+  group.add_argument("--top-k", type=int, default=0, help="draw from the K most probable tokens; 0 is all")
+  group.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set with this probability")
+  group.add_argument("--min-p", type=float, default=0.0, help="least probability, relative to the best token's")
+  group.add_argument("--seed", type=int, help="of the draws")
+  group.add_argument("--stop", action="append", default=[], help="string that ends the text; may be repeated")
+  group.add_argument("--stop-token-id", action="append", type=int, default=[],
+                     help="id that ends the text; may be repeated")
+  group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
+
+
+def _add_compression_options(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group("compression (off without --rate or --max-cache-tokens)")
+  group.add_argument("--rate", type=float, help="keep one KV in RATE outside the window")
+  group.add_argument("--max-cache-tokens", type=int, help="keep this many tokens per head, on average")
+  group.add_argument("--window", type=int, default=32, help="newest tokens that always stay (default: %(default)s)")
+  group.add_argument("--sinks", type=int, default=0, help="first tokens that always stay (default: %(default)s)")
+  group.add_argument("--allocation", choices=("all", "layer", "head"), default="all",
+                     help="heads that share a budget (default: %(default)s of a sequence)")
+  group.add_argument("--interval", type=int,
+                     help="decode steps between compressions; once after the prompt by default")
+  group.add_argument("--scoring", choices=("window", "full", "random"), default="window",
+                     help="what a KV is worth (default: %(default)s)")
+  group.add_argument("--queries", type=int, help="prompt queries that --scoring window observes")
+  group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention")
+  group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries")
+  group.add_argument("--pooling", type=int, help="width of the max-pool of --scoring window; 1 is none")
+  group.add_argument("--buffer", type=int, help="newest tokens that a query does not count for")
+
+
+_SCORING_OPTIONS = {
+    "window": ("queries", "power", "reduction", "pooling", "buffer"),
+    "full": ("power", "reduction", "buffer"),
+    "random": (),
+}
+
+
+def _scoring(args: argparse.Namespace) -> Any:
+  import kvc_jax
+
+  given = {o: v for o in _SCORING_OPTIONS["window"] if (v := getattr(args, o)) is not None}
+  unfit = [f"--{o}" for o in given if o not in _SCORING_OPTIONS[args.scoring]]
+  if unfit:
+    raise InputError(f"{', '.join(unfit)} does not go with --scoring {args.scoring}; leave it out")
+  if args.scoring == "random":
+    return kvc_jax.RandomScore(seed=args.seed or 0)
+  return (kvc_jax.WindowAttention if args.scoring == "window" else kvc_jax.FullAttention)(**given)
+
+
+def _compression(args: argparse.Namespace) -> Any:
+  import kvc_jax
+
+  if args.rate is None and args.max_cache_tokens is None:
+    return None
+  return kvc_jax.Compression(
+      rate=args.rate, max_cache_tokens=args.max_cache_tokens, window=args.window, sinks=args.sinks,
+      allocation=args.allocation, interval=args.interval, scoring=_scoring(args))
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+  import kvc_jax
+
+  return kvc_jax.SamplingParams(
+      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
+      max_tokens=args.max_tokens, stop=tuple(args.stop), stop_token_ids=tuple(args.stop_token_id),
+      ignore_eos=args.ignore_eos)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+  prompts = list(args.prompt)
+  for name in args.file or ([] if prompts else ["-"]):
+    prompts.append(_read(name))
+  return prompts
+
+
+def _read(name: str) -> str:
+  try:
+    data = sys.stdin.buffer.read() if name == "-" else pathlib.Path(name).read_bytes()
+    return data.decode("utf-8")
+  except FileNotFoundError:
+    raise InputError(f"{name} is missing; give a file with a prompt, or - for standard input") from None
+  except UnicodeDecodeError as e:
+    raise InputError(f"{name} is not UTF-8 text ({e.reason} at byte {e.start}); convert it") from None
+
+
+def _load(args: argparse.Namespace) -> Any:
+  import kvc_jax
+
+  return kvc_jax.LLM(
+      args.model, dtype=args.dtype, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
+      block_size=args.block_size, chunk_size=args.chunk_size, num_blocks=args.num_blocks,
+      kv_cache_memory_bytes=args.kv_cache_memory_bytes)
+
+
+def _as_prompts(llm: Any, args: argparse.Namespace) -> list[Any]:
+  texts = _prompts(args)
+  if not args.chat:
+    return texts
+  return [llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+
+
+def _convert(args: argparse.Namespace) -> int:
+  import kvc_jax
+
+  kvc_jax.convert(args.source, args.target, dtype=args.dtype, overwrite=args.overwrite, progress=True)
+  print(f"wrote {args.target}")
+  return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+  sampling, compression = _sampling(args), _compression(args)  # checked before the model is loaded
+  llm = _load(args)
+  prompts = _as_prompts(llm, args)
+  stream = len(prompts) == 1 and not args.json
+
+  def show(chunk):
+    print(chunk.text, end="", flush=True)
+
+  progress = not stream and not args.quiet and sys.stderr.isatty()
+  outputs = llm.generate(prompts, sampling, compression, on_text=show if stream else None, progress=progress)
+  for output in outputs:
+    if args.json:
+      print(json.dumps(_as_json(output)), flush=True)
+    elif stream:
+      print(flush=True)
+    else:
+      print(f"--- prompt {output.index} ---\n{output.text}", flush=True)
+    if not args.quiet and not args.json:
+      print(_receipt_line(output), file=sys.stderr)
+  return 0
+
+
+def _as_json(output: Any) -> dict[str, Any]:
+  fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+  receipt = fields.pop("receipt")
+  held = {f.name: getattr(receipt, f.name) for f in dataclasses.fields(receipt) if f.name != "positions"}
+  held["kvs_kept"] = receipt.kvs_kept.tolist()
+  derived = ("kvs_seen", "rate_reached", "bytes_uncompressed", "bytes_held")
+  return {**fields, "receipt": {**held, **{name: getattr(receipt, name) for name in derived}}}
+
+
+def _receipt_line(output: Any) -> str:
+  receipt = output.receipt
+  return (
+      f"[{output.index}] {output.finish_reason}, {len(output.token_ids)} tokens; "
+      f"KVs {receipt.kvs_kept.sum()} of {receipt.kvs_seen}, blocks {receipt.blocks_held} of "
+      f"{receipt.blocks_uncompressed}, {receipt.bytes_held:,} of {receipt.bytes_uncompressed:,} bytes "
+      f"({receipt.rate_reached:.2f}x reached)")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+  from kvc_jax.heatmap import save_heatmap
+
+  sampling, compression = _sampling(args), _compression(args)
+  llm = _load(args)
+  prompts = _as_prompts(llm, args)
+  if len(prompts) != 1:
+    raise InputError(f"inspect draws one prompt, but {len(prompts)} were given; give one")
+  output = llm.generate(prompts, sampling, compression, return_positions=True)[0]
+  save_heatmap(output.receipt, args.out, title=_receipt_line(output))
+  print(_receipt_line(output))
+  for layer, kept in enumerate(output.receipt.kvs_kept):
+    print(f"layer {layer:>3}: {' '.join(f'{n:>6}' for n in kept)}")
+  print(f"wrote {args.out}")
+  return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+  from kvc_jax.demo import run_demo
+
+  return 0 if run_demo(args.heatmap, print) else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,267 @@
+"""`LLM` on the shipped model: exactness, freed memory, compiles, stops, streaming."""
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from builders import held_keys_and_values, poison
+
+from kvc_jax import LLM, Compression, FullAttention, RandomScore, SamplingParams, WindowAttention
+from kvc_jax.attention.decode import decode_attention
+from kvc_jax.cache.alloc import allocate
+from kvc_jax.cache.state import check_invariants
+from kvc_jax.engine import steps
+from kvc_jax.engine.batch import Batch, Sequence
+from kvc_jax.engine.output_text import OutputText
+
+STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 5
+
+
+@pytest.fixture(scope="module")
+def llm():
+  return LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32)
+
+
+def _sequence(llm, prompt, compression):
+  return Sequence(index=0, prompt=llm.tokenizer.encode(prompt), params=GREEDY, compression=compression, output=None)
+
+
+def _logits(llm, compression, tokens):
+  """Logits behind the prompt and behind each of `tokens` greedy decode steps."""
+  batch = Batch(llm._model, llm.config, 32)
+  sequence = _sequence(llm, LONG[:180], compression)
+  logits = [np.asarray(batch.prefill(sequence))]
+  for _ in range(tokens):
+    if compression and (not sequence.steps or (compression.interval and sequence.steps % compression.interval == 0)):
+      batch.compress([sequence])
+    sequence.token_ids.append(int(logits[-1].argmax()))
+    step, ok = batch.decode([sequence])
+    assert ok[sequence.slot]
+    logits.append(np.asarray(step[sequence.slot]))
+  return np.array(logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_budget_at_least_the_length_is_bit_identical(dtype):
+  llm = LLM(STORIES, dtype=dtype, max_num_seqs=2, block_size=4, chunk_size=32)
+  plain = _logits(llm, None, 20)
+  for compression in (
+      Compression(rate=1, interval=1, scoring=WindowAttention()),
+      Compression(max_cache_tokens=400, interval=1, scoring=FullAttention(), allocation="head"),
+      Compression(rate=1, max_cache_tokens=400, interval=4, scoring=RandomScore(), allocation="layer"),
+      Compression(rate=1, scoring=FullAttention())):
+    np.testing.assert_array_equal(_logits(llm, compression, 20), plain)
+  smaller = _logits(llm, Compression(rate=2.0, interval=1), 20)
+  assert (smaller[1:] != plain[1:]).any(axis=-1).all()  # the comparison can fail
+
+
+def test_text_is_the_same_alone_and_in_a_batch(llm):
+  prompts = ["", LONG, "Once upon a time", "The dog was sad. ", LONG[:150]]
+  together = llm.generate(prompts, GREEDY, Compression(rate=4, interval=4))
+  for prompt, output in zip(prompts, together, strict=True):
+    (alone,) = llm.generate(prompt, GREEDY, Compression(rate=4, interval=4))
+    assert (alone.text, alone.token_ids) == (output.text, output.token_ids)
+    assert (alone.receipt.kvs_kept == output.receipt.kvs_kept).all()
+
+
+def test_one_is_as_long_as_unchunked():
+  """Chunks of 7 and of 300 give the same text and keep the same positions."""
+  kept = []
+  for chunk_size in (7, 300):
+    llm = LLM(STORIES, max_num_seqs=1, block_size=4, chunk_size=chunk_size)
+    (output,) = llm.generate(LONG, GREEDY, Compression(rate=8), return_positions=True)
+    kept.append((output.text, output.receipt.positions.tolist()))
+  assert kept[0] == kept[1]
+
+
+def test_attention_after_eviction_is_dense_attention_over_what_is_kept(llm):
+  """After an eviction at 4x a decode query sees just the KVs that are held, in every layer and head."""
+  batch = Batch(llm._model, llm.config, 32)
+  sequence = _sequence(llm, LONG, Compression(rate=4, window=8))
+  batch.prefill(sequence)
+  batch.compress([sequence])
+  state = poison(batch.state)
+  check_invariants(state)
+  shape, slot = llm._model.config, sequence.slot
+  active = np.arange(llm.config.num_slots) == slot
+  state, _ = allocate(state, jnp.arange(llm.config.num_slots), active.astype(np.int32), max_count=1)
+  rng = np.random.default_rng(0)
+  for layer in range(shape.num_layers):
+    q, k, v = (rng.normal(size=(llm.config.num_slots, n, shape.head_dim)).astype(np.float32)
+               for n in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads))
+    out, state = decode_attention(state, jnp.int32(layer), q, k, v, active=active, scale=0.3)
+    held = [held_keys_and_values(state, layer, slot, h) for h in range(shape.num_kv_heads)]
+    expected = oracles.attention_ragged(q[slot], [h[1] for h in held], [h[2] for h in held], 0.3)
+    np.testing.assert_allclose(out[slot], expected, atol=2e-6)
+
+
+def test_freed_is_really_freed():
+  """A pool with room for one prompt: after 8x the blocks in the receipt are free and serve a second one."""
+  llm = LLM(STORIES, max_num_seqs=2, block_size=4, chunk_size=64)
+  prompt = llm.tokenizer.encode(LONG)
+  one = llm.config.blocks_for(len(prompt) + 1)
+  batch = Batch(llm._model, dataclasses.replace(llm.config, num_blocks=one + one // 2), 64)
+  first, second = (_sequence(llm, LONG, Compression(rate=8, window=8)) for _ in range(2))
+  batch.prefill(first)
+  assert batch.free_blocks < one  # a second prompt does not fit
+  before = batch.free_blocks
+  batch.compress([first])
+  receipt = batch.receipt(first)
+  assert batch.free_blocks - before == receipt.freed_blocks == receipt.blocks_uncompressed - receipt.blocks_held
+  assert receipt.rate_reached > 4
+  batch.prefill(second)
+  check_invariants(batch.state)
+  batch.release(first)
+  batch.release(second)
+  assert batch.free_blocks == batch.config.num_blocks - 1
+
+
+def test_waits_for_blocks_then_serves_all():
+  """Prompts that do not fit together run one behind the other, and a full pool ends cleanly."""
+  llm = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=64, num_blocks=1200)
+  outputs = llm.generate([LONG, LONG, LONG], GREEDY)
+  assert {o.text for o in outputs} == {outputs[0].text}
+  assert llm.free_blocks == 1199
+  tight = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=64, num_blocks=61)
+  outputs = tight.generate(["", "", ""], SamplingParams(temperature=0, max_tokens=40))
+  assert all(o.finish_reason == "cache_full" for o in outputs[1:])
+  assert all(outputs[0].text.startswith(o.text) for o in outputs)
+  assert tight.free_blocks == 60
+
+
+def test_interval_keeps_a_long_story_small(llm):
+  params = SamplingParams(temperature=0, max_tokens=150)
+  (output,) = llm.generate("", params, Compression(max_cache_tokens=40, window=8, interval=4))
+  assert output.receipt.compressions == 149 // 4 + 1
+  assert output.receipt.kvs_kept.sum() <= (40 + 4) * output.receipt.kvs_kept.size
+  assert output.receipt.freed_blocks > 0
+
+
+def test_rate_does_not_compound(llm):
+  """Compressing again at the same length frees nothing more."""
+  batch = Batch(llm._model, llm.config, 32)
+  sequence = _sequence(llm, LONG, Compression(rate=4))
+  batch.prefill(sequence)
+  batch.compress([sequence])
+  freed, lengths = sequence.freed_blocks, batch.receipt(sequence).kvs_kept
+  batch.compress([sequence])
+  assert sequence.freed_blocks == freed
+  assert (batch.receipt(sequence).kvs_kept == lengths).all()
+
+
+def test_three_lengths_compile_no_more_than_one():
+  llm = LLM(STORIES, max_num_seqs=3, block_size=8, chunk_size=32)
+  jitted = (steps.prefill_chunk, steps.decode_step, steps.score_prompt, steps.evict, steps.release)
+  compression = Compression(rate=4, interval=4)
+
+  def compiles():
+    return sum(f._cache_size() for f in jitted)
+
+  start = compiles()
+  llm.generate(LONG[:60], GREEDY, compression)
+  after_one = compiles()
+  assert after_one > start
+  llm.generate([LONG[:9], LONG[:200], LONG], GREEDY, Compression(rate=8, window=16, interval=4))
+  assert compiles() == after_one
+
+
+def test_sampling_depends_on_the_seed_alone(llm):
+  params = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=7, max_tokens=16)
+  first, other = llm.generate(["Once", "Once"], [params, dataclasses.replace(params, seed=8)])
+  (again,) = llm.generate("Once", params)
+  assert first.token_ids == again.token_ids != other.token_ids
+  top_one = SamplingParams(temperature=1.0, top_k=1, max_tokens=16)
+  greedy = dataclasses.replace(GREEDY, max_tokens=16)
+  assert llm.generate("Once", top_one)[0].text == llm.generate("Once", greedy)[0].text
+
+
+def test_requests_without_a_seed_differ(llm):
+  params = SamplingParams(temperature=1.0, max_tokens=16)
+  first, second = llm.generate(["Once", "Once"], params)
+  assert first.token_ids != second.token_ids
+
+
+def test_stop_string_is_left_out_and_streams_the_same(llm):
+  plain = llm.generate("", SamplingParams(temperature=0, max_tokens=60))[0]
+  stop = "little girl"
+  chunks = []
+  (output,) = llm.generate("", SamplingParams(temperature=0, max_tokens=60, stop=stop), on_text=chunks.append)
+  assert output.finish_reason == "stop"
+  assert output.text == plain.text[: plain.text.index(stop)]
+  assert "".join(c.text for c in chunks) == output.text
+  assert [c.finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+def test_streaming_pieces_make_up_each_text(llm):
+  pieces = {0: "", 1: "", 2: ""}
+
+  def on_text(chunk):
+    pieces[chunk.index] += chunk.text
+
+  outputs = llm.generate(["", LONG, "A"], GREEDY, on_text=on_text)
+  assert [o.text for o in outputs] == [pieces[i] for i in range(3)]
+  assert all(o.finish_reason == "length" and len(o.token_ids) == GREEDY.max_tokens for o in outputs)
+
+
+def test_stop_token_id(llm):
+  plain = llm.generate("", GREEDY)[0]
+  stop = plain.token_ids[5]
+  first = plain.token_ids.index(stop)
+  (output,) = llm.generate("", dataclasses.replace(GREEDY, stop_token_ids=(stop,)))
+  assert output.finish_reason == "stop"
+  assert output.token_ids == plain.token_ids[: first + 1]
+
+
+def test_context_end_is_length():
+  llm = LLM(STORIES, max_num_seqs=1, block_size=4, max_model_len=20)
+  (output,) = llm.generate("", SamplingParams(temperature=0, max_tokens=100))
+  assert output.finish_reason == "length"
+  assert len(output.prompt_token_ids) + len(output.token_ids) == 20
+
+
+def test_a_raising_callback_leaks_no_block(llm):
+  def on_text(chunk):
+    raise RuntimeError("reader went away")
+
+  with pytest.raises(RuntimeError, match="went away"):
+    llm.generate([LONG, ""], GREEDY, on_text=on_text)
+  assert llm.free_blocks == llm.config.num_blocks - 1
+  assert len(llm.generate([LONG, "", "A"], GREEDY)) == 3
+
+
+def test_ids_as_prompts_and_empty_list(llm):
+  ids = llm.tokenizer.encode("Once upon")
+  by_text, by_ids = llm.generate("Once upon", GREEDY)[0], llm.generate(ids, GREEDY)[0]
+  assert by_text.text == by_ids.text == llm.generate([ids], GREEDY)[0].text
+  assert llm.generate([]) == []
+
+
+class _Pieces:
+  """A decoder that gives out the pieces it was made with."""
+
+  def __init__(self, *pieces):
+    self._pieces = list(pieces)
+
+  def add(self, token_id):
+    return self._pieces[token_id]
+
+  def flush(self):
+    return ""
+
+
+@pytest.mark.parametrize(("pieces", "stops", "text", "stopped"), [
+    (["ab", "cd"], ("bc",), "a", True),  # across two tokens
+    (["ab", "c"], ("bd",), "abc", False),  # held back, then given out
+    (["aa", "ab"], ("aab",), "a", True),  # the hold overlaps itself
+    (["x END y"], ("END", "x E"), "", True),  # the earliest one counts
+    (["ab"], (), "ab", False),
+])
+def test_output_text(pieces, stops, text, stopped):
+  output = OutputText(_Pieces(*pieces), stops)
+  given = "".join(output.add(i) for i in range(len(pieces))) + output.finish()
+  assert (given, output.text, output.stopped) == (text, text, stopped)
