@@ -267,8 +267,9 @@ def _receipt_line(output: Any) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-  from kvc_jax.heatmap import save_heatmap
+  from kvc_jax.heatmap import check_can_draw, save_heatmap
 
+  check_can_draw(args.out)
   sampling, compression = _sampling(args), _compression(args)
   llm = _load(args)
   prompts = _as_prompts(llm, args)

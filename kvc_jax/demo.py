@@ -8,7 +8,7 @@ from kvc_jax.engine.request import RequestOutput, SamplingParams
 from kvc_jax.errors import InputError
 from kvc_jax.eviction.compression import Compression
 from kvc_jax.eviction.score_full import FullAttention
-from kvc_jax.heatmap import save_heatmap
+from kvc_jax.heatmap import check_can_draw, save_heatmap
 
 RATES = (1, 2, 4, 8)
 STORY_TOKENS = 200
@@ -30,6 +30,7 @@ def run_demo(heatmap: pathlib.Path, say: Callable[[str], None]) -> bool:
   """
   if not _MODEL.is_dir():
     raise InputError(f"{_MODEL} is missing; run the demo from a checkout or an installed wheel")
+  check_can_draw(heatmap)
   # Blocks of 4: a head has few KVs in 200 tokens, and only whole blocks are freed.
   llm = LLM(_MODEL, block_size=4, max_num_seqs=1, chunk_size=16)
   outputs = {rate: _story(llm, rate) for rate in RATES}

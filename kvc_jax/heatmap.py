@@ -1,5 +1,6 @@
 """A picture of what a sequence's cache kept: counts per head, and positions."""
 
+import importlib.util
 import pathlib
 
 import numpy as np
@@ -25,17 +26,29 @@ def position_shares(receipt: CompressionReceipt) -> np.ndarray:
   return (counts / np.maximum(tokens, 1)).astype(np.float32)
 
 
+def check_can_draw(path: str | pathlib.Path) -> None:
+  """Checks that a PNG can be drawn and written; call it before long work that ends in one.
+
+  Raises:
+    InputError: matplotlib is not installed, or there is no such folder.
+  """
+  if importlib.util.find_spec("matplotlib") is None:
+    raise InputError("the heatmap needs matplotlib; run: pip install 'kvc_jax[plot]'")
+  path = pathlib.Path(path)
+  if not path.absolute().parent.is_dir() or path.is_dir():
+    raise InputError(f"cannot write {path}; give a file name in a folder that exists")
+
+
 def save_heatmap(receipt: CompressionReceipt, path: str | pathlib.Path, *, title: str = "") -> None:
   """Writes a PNG: KVs kept by layer and head on the left, kept positions on the right.
 
   Raises:
     InputError: matplotlib is not installed, or the file cannot be written.
   """
-  try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-  except ImportError:
-    raise InputError("the heatmap needs matplotlib; run: pip install 'kvc_jax[plot]'") from None
+  check_can_draw(path)
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
   layers, heads = receipt.kvs_kept.shape
   figure = Figure(figsize=(14, 2.5 + 0.14 * min(layers * heads, 64)), layout="constrained")
   FigureCanvasAgg(figure)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable
 from collections.abc import Sequence as Sequences
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 
 from kvc_jax.cache.state import CacheConfig
 from kvc_jax.checkpoint.store import load_model
+from kvc_jax.config import LlamaConfig
 from kvc_jax.engine.batch import Batch, Sequence
 from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk
@@ -69,9 +71,9 @@ class LLM:
     Raises:
       InputError: a missing or broken model folder, or sizes that do not fit.
     """
+    shape = LlamaConfig.from_folder(model)  # the quickest check comes first
     self.tokenizer = Tokenizer.from_folder(model)
     self._model = load_model(model, dtype=dtype)
-    shape = self._model.config
     self.max_model_len = _context(max_model_len, shape.max_position_embeddings)
     if block_size < 1 or block_size & (block_size - 1):
       raise InputError(f"block_size is {block_size}; give a power of two, such as 16")
@@ -304,7 +306,19 @@ def _cache_config(
         f"the pool has {max(num_blocks, 0)} blocks, but one sequence needs at least "
         f"{config.heads_per_sequence + 1} (a block for each of {config.heads_per_sequence} heads, and the "
         "null block); raise num_blocks or kv_cache_memory_bytes")
-  return dataclasses.replace(config, num_blocks=num_blocks)
+  config = dataclasses.replace(config, num_blocks=num_blocks)
+  _check_pool_fits(config.num_blocks * config.bytes_per_block)
+  return config
+
+
+def _check_pool_fits(pool_bytes: int) -> None:
+  """An allocation above the host's memory would end in the kernel's killing the process."""
+  stats = jax.devices()[0].memory_stats() or {}
+  memory = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+  if pool_bytes > memory:
+    raise InputError(
+        f"the pool would take {pool_bytes:,} bytes, but the device has {memory:,}; "
+        "lower num_blocks or kv_cache_memory_bytes")
 
 
 def _free_memory() -> int:

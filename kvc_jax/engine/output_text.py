@@ -39,6 +39,11 @@ class OutputText:
       return ""
     self._held += piece
     found = [at for s in self._stop_strings if (at := self._held.find(s)) >= 0]
+    # Bytes that wait for the rest of a character may already end a stop string ("\n" in Llama 2).
+    if not found:
+      ahead = self._held + self._decoder.peek()
+      found = [at for s in self._stop_strings if (at := ahead.find(s)) >= 0]
+      self._held = ahead if found else self._held
     if found:
       self.stopped = True
       ready, self._held = self._held[: min(found)], ""

@@ -208,6 +208,15 @@ def test_streaming_pieces_make_up_each_text(llm):
   assert all(o.finish_reason == "length" and len(o.token_ids) == GREEDY.max_tokens for o in outputs)
 
 
+def test_a_stop_string_of_held_back_bytes_ends_at_once(llm):
+  """The newline is a byte token here, which decoding holds back until the next token."""
+  plain = llm.generate("", SamplingParams(temperature=0, max_tokens=90))[0]
+  newline = llm.tokenizer.encode("a\n")[-1]
+  (output,) = llm.generate("", SamplingParams(temperature=0, max_tokens=90, stop="\n"))
+  assert output.text == plain.text.split("\n")[0]
+  assert output.token_ids == plain.token_ids[: plain.token_ids.index(newline) + 1]
+
+
 def test_stop_token_id(llm):
   plain = llm.generate("", GREEDY)[0]
   stop = plain.token_ids[5]
@@ -249,6 +258,9 @@ class _Pieces:
 
   def add(self, token_id):
     return self._pieces[token_id]
+
+  def peek(self):
+    return ""
 
   def flush(self):
     return ""

@@ -1,0 +1,297 @@
+"""The `kvc` command as a user meets it: results, and one clear line on each kind of bad input."""
+
+import io
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from kvc_jax import LLM, CacheConfig, Compression, FullAttention, InputError, SamplingParams, WindowAttention
+from kvc_jax.cli import main
+
+STORIES = pathlib.Path(__file__).parents[1] / "assets" / "stories260K"
+EXPECTED = (STORIES / "expected_200_steps.txt").read_text(encoding="utf-8")
+GENERATE = ["generate", str(STORIES), "--prompt", "Once", "--max-tokens", "4"]
+
+
+def test_generate_prints_the_text_and_a_receipt(capsys):
+  assert main(["generate", str(STORIES), "--prompt", "", "--max-tokens", "40", "--block-size", "4"]) == 0
+  out, err = capsys.readouterr()
+  assert EXPECTED.startswith(out.removesuffix("\n"))
+  assert len(out) > 60
+  assert "blocks 200 of 200" in err
+
+
+def test_generate_json_of_two_prompts(capsys, tmp_path):
+  (tmp_path / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
+  command = ["generate", str(STORIES), "--prompt", "The dog", "--file", str(tmp_path / "prompt.txt"), "--json"]
+  assert main([*command, "--rate", "4", "--interval", "4", "--window", "4", "--block-size", "2"]) == 0
+  first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+  assert [first["index"], second["index"]] == [0, 1]
+  receipt = second["receipt"]
+  assert receipt["rate_asked"] == 4
+  assert 2 < receipt["rate_reached"] <= 4
+  assert np.shape(receipt["kvs_kept"]) == (5, 4)
+  assert receipt["bytes_held"] == receipt["blocks_held"] * receipt["bytes_per_block"]
+  assert receipt["kvs_seen"] == receipt["tokens_seen"] * 20
+
+
+@pytest.mark.parametrize("extra", [[], ["--file", "-"]])
+def test_prompt_from_standard_input(extra, capsys, monkeypatch):
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once upon a time")))
+  assert main(["generate", str(STORIES), "--max-tokens", "8", "--quiet", *extra]) == 0
+  assert capsys.readouterr().out.startswith(", there was")
+
+
+def test_inspect_draws_a_png(capsys, tmp_path):
+  picture = tmp_path / "kept.png"
+  command = ["inspect", str(STORIES), "--prompt", "Once upon a time " * 20, "--rate", "4", "--max-tokens", "2"]
+  assert main([*command, "--scoring", "full", "--buffer", "2", "--block-size", "4", "-o", str(picture)]) == 0
+  assert picture.read_bytes().startswith(b"\x89PNG")
+  assert "layer   4:" in capsys.readouterr().out
+
+
+def test_convert_then_generate(capsys, tmp_path):
+  target = str(tmp_path / "converted")
+  assert main(["convert", str(STORIES), target]) == 0
+  capsys.readouterr()
+  texts = []
+  for model in (str(STORIES), target):
+    assert main(["generate", model, "--prompt", "Once", "--max-tokens", "12", "--quiet"]) == 0
+    texts.append(capsys.readouterr().out)
+  assert texts[0] == texts[1]
+
+
+def test_demo_tells_the_reference_story(capsys, tmp_path):
+  picture = tmp_path / "heatmap.png"
+  assert main(["demo", "--heatmap", str(picture)]) == 0
+  out = capsys.readouterr().out
+  assert EXPECTED in out
+  assert "equals the reference text: yes" in out
+  assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+# --- Bad input: the command ---------------------------------------------------------------
+
+
+def _damaged(tmp_path, damage):
+  """A copy of the shipped model that `damage` has changed."""
+  folder = tmp_path / "model"
+  shutil.copytree(STORIES, folder)
+  damage(folder)
+  return ["generate", str(folder), "--prompt", "Once", "--max-tokens", "4"]
+
+
+def _config(**fields):
+  def damage(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **fields}), encoding="utf-8")
+
+  return damage
+
+
+def _weights(change):
+  def damage(folder):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+  return damage
+
+
+def _truncate(folder):
+  data = (folder / "model.safetensors").read_bytes()
+  (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def _write(name, text):
+  return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def _remove(*names):
+  return lambda folder: [(folder / name).unlink() for name in names]
+
+
+NORM = "model.norm.weight"
+DAMAGES = {
+    "no config": (_remove("config.json"), "config.json is missing"),
+    "config not JSON": (_write("config.json", "{"), "not valid JSON"),
+    "config no object": (_write("config.json", "[]"), "no JSON object"),
+    "unknown architecture": (_config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
+    "unknown RoPE": (_config(rope_parameters={"rope_type": "yarn"}), "yarn"),
+    "RoPE lacks a number": (_config(rope_parameters={"rope_type": "llama3", "factor": 8}), "lacks"),
+    "sliding window": (_config(sliding_window=128), "sliding window of 128"),
+    "quantised": (_config(quantization_config={"bits": 4}), "quantised"),
+    "unknown activation": (_config(hidden_act="gelu"), "gelu"),
+    "heads do not divide": (_config(num_key_value_heads=3), "not a multiple"),
+    "layers missing": (_config(num_hidden_layers=None), "num_hidden_layers"),
+    "config wants another shape": (_config(intermediate_size=64), "mlp"),
+    "config wants more layers": (_config(num_hidden_layers=6), "layers.5"),
+    "no weights": (_remove("model.safetensors"), "safetensors"),
+    "truncated weights": (_truncate, "model.safetensors"),
+    "weights are no safetensors": (_write("model.safetensors", "hello, world"), "model.safetensors"),
+    "missing key": (_weights(lambda t: t.pop(NORM)), NORM),
+    "unknown key": (_weights(lambda t: t.update(extra=np.zeros(3, np.float32))), "extra"),
+    "wrong shape": (_weights(lambda t: t.update({NORM: np.zeros(3, np.float32)})), NORM),
+    "wrong dtype": (_weights(lambda t: t.update({NORM: np.zeros(64, np.int32)})), NORM),
+    "no tokenizer": (_remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+    "unreadable tokenizer": (_write("tokenizer.json", "{]"), "tokenizer"),
+    "index names a missing shard": (
+        lambda f: [_remove("model.safetensors")(f),
+                   _write("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "a.safetensors"}}')(f)],
+        "a.safetensors"),
+}
+
+OPTIONS = {
+    "rate below 1": (["--rate", "0.5"], "at least 1"),
+    "rate not a number": (["--rate", "nan"], "at least 1"),
+    "rate no number": (["--rate", "eight"], "invalid float value"),
+    "window above the budget": (["--max-cache-tokens", "16", "--window", "32"], "below window + sinks"),
+    "window of 0": (["--rate", "2", "--window", "0"], "window is 0"),
+    "negative sinks": (["--rate", "2", "--sinks", "-1"], "sinks is -1"),
+    "interval of 0": (["--rate", "2", "--interval", "0"], "interval is 0"),
+    "unknown allocation": (["--allocation", "heads"], "invalid choice"),
+    "unknown scoring": (["--scoring", "best"], "invalid choice"),
+    "option of another scoring": (["--rate", "2", "--scoring", "full", "--pooling", "7"], "--pooling does not go with"),
+    "power of 3": (["--rate", "2", "--power", "3"], "power is 3"),
+    "even pooling": (["--rate", "2", "--pooling", "4"], "odd width"),
+    "no observed queries": (["--rate", "2", "--queries", "0"], "queries is 0"),
+    "negative buffer": (["--rate", "2", "--buffer", "-1"], "buffer is -1"),
+    "block size of 12": (["--block-size", "12"], "power of two"),
+    "chunk size of 0": (["--chunk-size", "0"], "chunk_size is 0"),
+    "pool too small for a sequence": (["--num-blocks", "20"], "num_blocks"),
+    "pool of too few bytes": (["--kv-cache-memory-bytes", "1000"], "kv_cache_memory_bytes"),
+    "pool too small for the prompt": (["--num-blocks", "30", "--prompt", "Once " * 40], "prompt 1 needs"),
+    "pool of too many blocks": (["--num-blocks", "2000000000"], "2**31"),
+    "pool above the memory": (["--num-blocks", "9000000", "--block-size", "128"], "but the device has"),
+    "prompt longer than the model": (["--prompt", "Once upon a time " * 200], "prompt 1 has"),
+    "context above the model's": (["--max-model-len", "4096"], "max_model_len is 4096"),
+    "no tokens to generate": (["--max-tokens", "0"], "max_tokens is 0"),
+    "negative temperature": (["--temperature", "-1"], "temperature is -1"),
+    "top-p of 0": (["--top-p", "0"], "top_p is 0"),
+    "top-k of -2": (["--top-k", "-2"], "top_k is -2"),
+    "min-p of 2": (["--min-p", "2"], "min_p is 2"),
+    "negative seed": (["--seed", "-3"], "seed is -3"),
+    "empty stop string": (["--stop", ""], "empty stop string"),
+    "missing prompt file": (["--file", "no-such-file.txt"], "no-such-file.txt is missing"),
+    "prompt file is a folder": (["--file", "."], "directory"),
+    "no chat template": (["--chat"], "chat template"),
+    "unknown option": (["--speed", "9"], "unrecognized arguments"),
+}
+
+
+def _fails(command, message, capsys):
+  """The command ends with 2 and one line that has `message` in it."""
+  try:
+    status = main(command)
+  except SystemExit as e:
+    status = e.code
+  _, err = capsys.readouterr()
+  assert status == 2
+  assert len(err.strip().splitlines()) == 1, err
+  assert "error: " in err
+  assert message in err
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_model(kind, capsys, tmp_path):
+  damage, message = DAMAGES[kind]
+  _fails(_damaged(tmp_path, damage), message, capsys)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_bad_option(kind, capsys):
+  options, message = OPTIONS[kind]
+  _fails([*GENERATE, *options], message, capsys)
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    ([], "required: COMMAND"),
+    (["compress"], "invalid choice"),
+    (["generate"], "required: MODEL"),
+    (["generate", "no-such-model", "-p", "a"], "no-such-model"),
+    (["convert", "no-such-model", "somewhere"], "no-such-model"),
+    (["convert", str(STORIES), str(STORIES)], "stories260K"),
+    (["inspect", str(STORIES), "-p", "a", "-p", "b"], "one prompt"),
+    (["inspect", str(STORIES), "-p", "a", "--max-tokens", "1", "-o", "no-such-folder/a.png"], "no-such-folder/a.png"),
+    (["demo", "--heatmap", "no-such-folder/a.png"], "no-such-folder/a.png"),
+])
+def test_bad_command(command, message, capsys):
+  _fails(command, message, capsys)
+
+
+def test_prompt_file_that_is_not_text(capsys, tmp_path):
+  (tmp_path / "prompt").write_bytes(b"\xff\xfe\x00")
+  _fails([*GENERATE, "--file", str(tmp_path / "prompt")], "not UTF-8", capsys)
+
+
+def test_corrupted_checkpoint(capsys, tmp_path):
+  target = tmp_path / "converted"
+  assert main(["convert", str(STORIES), str(target)]) == 0
+  capsys.readouterr()
+  files = [f for f in (target / "params").rglob("*") if f.is_file() and f.stat().st_size > 10_000]
+  files[0].write_bytes(files[0].read_bytes()[:5000])
+  _fails(["generate", str(target), "-p", "a"], "params", capsys)
+
+
+def test_converting_twice_needs_overwrite(capsys, tmp_path):
+  command = ["convert", str(STORIES), str(tmp_path / "converted")]
+  assert main(command) == 0
+  capsys.readouterr()
+  _fails(command, "converted", capsys)
+  assert main([*command, "--overwrite"]) == 0
+
+
+def test_a_closed_pipe_is_no_traceback():
+  """`kvc generate ... | head` ends quietly."""
+  command = f"{sys.executable} -m kvc_jax.cli generate {STORIES} -p Once --max-tokens 200 --quiet | head -c 5"
+  done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+  assert done.stdout == " upon"[:5] or len(done.stdout) == 5
+  assert "Traceback" not in done.stderr
+
+
+# --- Bad input: the library ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llm():
+  return LLM(STORIES, max_num_seqs=1, block_size=8)
+
+
+@pytest.mark.parametrize(("prompts", "params", "message"), [
+    ([[1, 512]], None, "token id 512 is outside"),
+    ([[-1]], None, "token id -1 is outside"),
+    ([[]], None, "prompt 0 has no tokens"),
+    (["a", "b"], [SamplingParams()], "2 prompts but 1 SamplingParams"),
+    (["a", [1] * 600], None, "prompt 1 has 600 tokens"),
+])
+def test_bad_generate_call(llm, prompts, params, message):
+  with pytest.raises(InputError, match=message):
+    llm.generate(prompts, params)
+  assert llm.free_blocks == llm.config.num_blocks - 1
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Compression(), "give a rate or max_cache_tokens"),
+    (lambda: Compression(rate=float("inf")), "at least 1"),
+    (lambda: Compression(rate=2, allocation="none"), "allocation is 'none'"),
+    (lambda: FullAttention(reduction="median"), "'sum' or 'mean'"),
+    (lambda: WindowAttention(power=0), "give 1 or 2"),
+    (lambda: CacheConfig(num_layers=0, num_slots=1, num_kv_heads=1, head_dim=8, num_blocks=9, max_blocks_per_head=2),
+     "num_layers is 0"),
+    (lambda: CacheConfig(num_layers=1, num_slots=1, num_kv_heads=1, head_dim=8, num_blocks=1, max_blocks_per_head=2),
+     "at least 2"),
+])
+def test_bad_settings(make, message):
+  with pytest.raises(InputError, match=message):
+    make()
+
+
+def test_chat_needs_a_template(llm):
+  with pytest.raises(InputError, match="chat template"):
+    llm.chat([{"role": "user", "content": "Hello"}])
