@@ -78,7 +78,7 @@ def _add_generate(commands: Any) -> None:
   _add_prompt_options(generate)
   _add_sampling_options(generate)
   _add_compression_options(generate)
-  generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+  generate.add_argument("--json", action="store_true", help="print one JSON object per prompt, in the order in which they end")
   generate.add_argument("--quiet", action="store_true", help="no progress and no receipt on stderr")
   generate.set_defaults(run=_generate)
 
@@ -231,20 +231,20 @@ def _generate(args: argparse.Namespace) -> int:
   prompts = _as_prompts(llm, args)
   stream = len(prompts) == 1 and not args.json
 
-  def show(chunk):
+  def show_text(chunk):
     print(chunk.text, end="", flush=True)
 
-  progress = not stream and not args.quiet and sys.stderr.isatty()
-  outputs = llm.generate(prompts, sampling, compression, on_text=show if stream else None, progress=progress)
-  for output in outputs:
+  def show_result(output):  # at once: what is done stays, whatever happens to the rest
     if args.json:
       print(json.dumps(_as_json(output)), flush=True)
-    elif stream:
-      print(flush=True)
     else:
-      print(f"--- prompt {output.index} ---\n{output.text}", flush=True)
+      print("" if stream else f"--- prompt {output.index} ---\n{output.text}", flush=True)
     if not args.quiet and not args.json:
       print(_receipt_line(output), file=sys.stderr)
+
+  progress = not stream and not args.quiet and sys.stderr.isatty()
+  llm.generate(
+      prompts, sampling, compression, on_text=show_text if stream else None, on_result=show_result, progress=progress)
   return 0
 
 

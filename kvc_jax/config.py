@@ -81,8 +81,9 @@ class LlamaConfig:
       raise InputError(
           f"config.json: num_attention_heads ({self.num_heads}) is not a multiple of "
           f"num_key_value_heads ({self.num_kv_heads})")
-    if self.head_dim % 2:
-      raise InputError(f"config.json: head_dim ({self.head_dim}) is odd; RoPE needs pairs")
+    if self.head_dim < 2 or self.head_dim % 2:
+      raise InputError(
+          f"config.json: head_dim is {self.head_dim}, but a positive even number is needed (RoPE turns pairs)")
 
   @property
   def group_size(self) -> int:
@@ -133,11 +134,18 @@ class LlamaConfig:
       hf = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
       raise InputError(f"{path} is missing; give a folder with a Hugging Face or converted model") from None
+    except OSError as e:
+      raise InputError(f"{path} cannot be read ({e.strerror or e}); check that it is a readable file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
       raise InputError(f"{path} is not valid JSON ({e}); copy it again from its source") from None
     if not isinstance(hf, dict):
       raise InputError(f"{path} holds no JSON object; copy it again from its source")
-    return cls.from_hf(hf)
+    try:
+      return cls.from_hf(hf)
+    except InputError:
+      raise
+    except (TypeError, ValueError, AttributeError) as e:  # a text where a number belongs, and the like
+      raise InputError(f"{path} has a field of the wrong kind ({e}); copy it again from its source") from None
 
 
 def _refuse_unsupported(hf: dict[str, Any]) -> None:

@@ -31,7 +31,8 @@ def test_generate_json_of_two_prompts(capsys, tmp_path):
   (tmp_path / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
   command = ["generate", str(STORIES), "--prompt", "The dog", "--file", str(tmp_path / "prompt.txt"), "--json"]
   assert main([*command, "--rate", "4", "--interval", "4", "--window", "4", "--block-size", "2"]) == 0
-  first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  first, second = sorted(lines, key=lambda line: line["index"])
   assert [first["index"], second["index"]] == [0, 1]
   receipt = second["receipt"]
   assert receipt["rate_asked"] == 4
@@ -267,6 +268,8 @@ def llm():
     ([[1, 512]], None, "token id 512 is outside"),
     ([[-1]], None, "token id -1 is outside"),
     ([[]], None, "prompt 0 has no tokens"),
+    (["a", [1.5]], None, "prompt 1 is neither a text nor a list of token ids"),
+    (["a", None], None, "prompt 1 is neither a text nor a list of token ids"),
     (["a", "b"], [SamplingParams()], "2 prompts but 1 SamplingParams"),
     (["a", [1] * 600], None, "prompt 1 has 600 tokens"),
 ])
@@ -280,6 +283,8 @@ def test_bad_generate_call(llm, prompts, params, message):
     (lambda: Compression(), "give a rate or max_cache_tokens"),
     (lambda: Compression(rate=float("inf")), "at least 1"),
     (lambda: Compression(rate=2, allocation="none"), "allocation is 'none'"),
+    (lambda: Compression(rate=2, scoring="window"), "no scoring rule"),
+    (lambda: Compression(rate=2, scoring=FullAttention), "no scoring rule"),
     (lambda: FullAttention(reduction="median"), "'sum' or 'mean'"),
     (lambda: WindowAttention(power=0), "give 1 or 2"),
     (lambda: CacheConfig(num_layers=0, num_slots=1, num_kv_heads=1, head_dim=8, num_blocks=9, max_blocks_per_head=2),

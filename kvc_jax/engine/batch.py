@@ -147,7 +147,9 @@ class Batch:
       sequence.freed_blocks += int(freed)
 
   def release(self, sequence: Sequence) -> None:
-    """Frees the sequence's blocks and slot."""
+    """Frees the sequence's blocks and slot; does nothing for one that holds none."""
+    if sequence.slot < 0:
+      return
     self.state = steps.release(self.state, jnp.asarray([sequence.slot], jnp.int32))
     self._free_slots.append(sequence.slot)
     sequence.slot = -1

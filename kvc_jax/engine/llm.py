@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import operator
 import os
 import pathlib
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from kvc_jax.tokenizer import IncrementalDecoder, Tokenizer
 
 Prompt = str | list[int]
 OnText = Callable[[StreamChunk], None]
+OnResult = Callable[[RequestOutput], None]
 
 _CPU_POOL_BYTES = 1 << 30
 _DEVICE_MEMORY_SHARE = 0.9
@@ -91,6 +93,7 @@ class LLM:
       compression: Compression | None = None,
       *,
       on_text: OnText | None = None,
+      on_result: OnResult | None = None,
       return_positions: bool = False,
       progress: bool = False,
   ) -> list[RequestOutput]:
@@ -103,6 +106,8 @@ class LLM:
       sampling_params: one for all, or one for each prompt.
       compression: None holds every KV.
       on_text: called with each piece of text as it comes.
+      on_result: called with each prompt's result as it ends, so that none is lost
+        where a later one fails or the user breaks off.
       return_positions: put the positions of the KVs held at the end into the receipts.
       progress: show a progress bar on stderr.
 
@@ -124,9 +129,11 @@ class LLM:
           self._decode(running, on_text)
           for sequence in [s for s in running if s.finish_reason]:
             outputs[sequence.index] = self._result(sequence, return_positions)
-            self._batch.release(sequence)
             running.remove(sequence)
+            self._batch.release(sequence)
             bar.update()
+            if on_result:
+              on_result(outputs[sequence.index])
       finally:
         for sequence in running:  # a callback raised, or the user broke off
           self._batch.release(sequence)
@@ -176,7 +183,7 @@ class LLM:
 
   def _prompt_ids(self, index: int, prompt: Prompt) -> list[int]:
     """Encodes and checks a prompt."""
-    ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = self._encoded(index, prompt)
     vocab = self._model.config.vocab_size
     if not ids:
       raise InputError(f"prompt {index} has no tokens; give at least one token id")
@@ -192,6 +199,14 @@ class LLM:
           f"prompt {index} needs {self._blocks_to_start(ids)} blocks, but the pool has "
           f"{self.config.num_blocks - 1}; raise num_blocks or kv_cache_memory_bytes, or shorten the prompt")
     return ids
+
+  def _encoded(self, index: int, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+      return self.tokenizer.encode(prompt)
+    try:
+      return [operator.index(i) for i in prompt]
+    except TypeError:
+      raise InputError(f"prompt {index} is neither a text nor a list of token ids") from None
 
   def _blocks_to_start(self, prompt: list[int]) -> int:
     """The prompt's blocks and room for the first token behind it."""

@@ -51,6 +51,10 @@ class Compression:
       raise InputError(
           f"Compression: max_cache_tokens ({self.max_cache_tokens}) is below window + sinks "
           f"({self.window} + {self.sinks}), which are never evicted; raise it or shrink the window")
+    if not isinstance(self.scoring, ScoringRule) or isinstance(self.scoring, type):
+      raise InputError(
+          f"Compression: scoring is {self.scoring!r}, which is no scoring rule; give an object such as "
+          "WindowAttention(), or one of your own with the attributes of ScoringRule")
     if self.allocation not in ("all", "layer", "head"):
       raise InputError(f"Compression: allocation is {self.allocation!r}; give 'all', 'layer' or 'head'")
     if self.interval is not None and self.interval < 1:

@@ -6,7 +6,7 @@ are computed by `kvc_jax.attention`, in f32, from softmax probabilities.
 """
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class HeldKVs:
   first_query: jax.Array
 
 
+@runtime_checkable
 class ScoringRule(Protocol):
   """A frozen, hashable object (it is a static argument of jitted functions).
 

@@ -4,7 +4,7 @@ Tokens come flat, [T]: one sequence's chunk in prefill, one token of each
 sequence in decode. Nothing here knows which; only `attend` does.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from kvc_jax.config import LlamaConfig
 from kvc_jax.model.rope import apply_rope
 
 
+@runtime_checkable
 class Attend(Protocol):
   """Attention of one layer, given to the model as a function.
 

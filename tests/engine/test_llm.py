@@ -243,6 +243,14 @@ def test_a_raising_callback_leaks_no_block(llm):
   assert len(llm.generate([LONG, "", "A"], GREEDY)) == 3
 
 
+def test_results_come_as_they_end(llm):
+  ended = []
+  params = [dataclasses.replace(GREEDY, max_tokens=n) for n in (9, 3, 5)]
+  outputs = llm.generate(["a", "b", "c"], params, on_result=ended.append)
+  assert [o.index for o in ended] == [1, 2, 0]
+  assert sorted(ended, key=lambda o: o.index) == outputs
+
+
 def test_ids_as_prompts_and_empty_list(llm):
   ids = llm.tokenizer.encode("Once upon")
   by_text, by_ids = llm.generate("Once upon", GREEDY)[0], llm.generate(ids, GREEDY)[0]
