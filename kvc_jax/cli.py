@@ -78,7 +78,7 @@ def _add_generate(commands: Any) -> None:
   _add_prompt_options(generate)
   _add_sampling_options(generate)
   _add_compression_options(generate)
-  generate.add_argument("--json", action="store_true", help="print one JSON object per prompt, in the order in which they end")
+  generate.add_argument("--json", action="store_true", help="print one JSON object per prompt, as each ends")
   generate.add_argument("--quiet", action="store_true", help="no progress and no receipt on stderr")
   generate.set_defaults(run=_generate)
 
@@ -207,7 +207,7 @@ def _load(args: argparse.Namespace) -> Any:
   return kvc_jax.LLM(
       args.model, dtype=args.dtype, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
       block_size=args.block_size, chunk_size=args.chunk_size, num_blocks=args.num_blocks,
-      kv_cache_memory_bytes=args.kv_cache_memory_bytes)
+      kv_cache_memory_bytes=args.kv_cache_memory_bytes, progress=not getattr(args, "quiet", False))
 
 
 def _as_prompts(llm: Any, args: argparse.Namespace) -> list[Any]:

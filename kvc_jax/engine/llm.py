@@ -54,6 +54,7 @@ class LLM:
       num_blocks: int | None = None,
       kv_cache_memory_bytes: int | None = None,
       seed: int = 0,
+      progress: bool = False,
   ):
     """Loads a model and allocates the pool.
 
@@ -69,13 +70,14 @@ class LLM:
         default what max_num_seqs full sequences need, but at most 90% of the
         device's free memory (1 GiB on the CPU).
       seed: of requests that bring none.
+      progress: show a progress bar while loading, where stderr is a terminal.
 
     Raises:
       InputError: a missing or broken model folder, or sizes that do not fit.
     """
     shape = LlamaConfig.from_folder(model)  # the quickest check comes first
     self.tokenizer = Tokenizer.from_folder(model)
-    self._model = load_model(model, dtype=dtype)
+    self._model = load_model(model, dtype=dtype, progress=progress)
     self.max_model_len = _context(max_model_len, shape.max_position_embeddings)
     if block_size < 1 or block_size & (block_size - 1):
       raise InputError(f"block_size is {block_size}; give a power of two, such as 16")
