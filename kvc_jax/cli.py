@@ -68,16 +68,13 @@ def _add_convert(commands: Any) -> None:
   convert.add_argument("source", metavar="SRC", help="folder with config.json, safetensors and tokenizer")
   convert.add_argument("target", metavar="DST", help="folder to make")
   convert.add_argument("--dtype", choices=_DTYPES, help="of the weights; the source's own by default")
-  convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+  convert.add_argument("--overwrite", action="store_true", help="replace DST if it is a model's folder")
   convert.set_defaults(run=_convert)
 
 
 def _add_generate(commands: Any) -> None:
   generate = commands.add_parser("generate", help="generate text")
-  _add_model_options(generate)
-  _add_prompt_options(generate)
-  _add_sampling_options(generate)
-  _add_compression_options(generate)
+  _add_run_options(generate)
   generate.add_argument("--json", action="store_true", help="print one JSON object per prompt, as each ends")
   generate.add_argument("--quiet", action="store_true", help="no progress and no receipt on stderr")
   generate.set_defaults(run=_generate)
@@ -85,12 +82,17 @@ def _add_generate(commands: Any) -> None:
 
 def _add_inspect(commands: Any) -> None:
   inspect = commands.add_parser("inspect", help="draw which KVs each layer and head keep")
-  _add_model_options(inspect)
-  _add_prompt_options(inspect)
-  _add_sampling_options(inspect)
-  _add_compression_options(inspect)
+  _add_run_options(inspect)
   inspect.add_argument("--out", "-o", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
   inspect.set_defaults(run=_inspect)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+  """What every command that runs a model takes."""
+  _add_model_options(parser)
+  _add_prompt_options(parser)
+  _add_sampling_options(parser)
+  _add_compression_options(parser)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """KVC-full: attention of all queries."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 
@@ -24,24 +24,15 @@ class FullAttention:
     buffer: newest tokens that a query does not count for.
   """
 
+  observed: ClassVar[Literal["none", "last", "all"]] = "all"
+  queries: ClassVar[int] = 0
+  pooling: ClassVar[int] = 1
   power: int = 2
   reduction: Literal["sum", "mean"] = "sum"
   buffer: int = 10
 
   def __post_init__(self):
     check_attention_rule(self, self.reduction)
-
-  @property
-  def observed(self) -> Literal["none", "last", "all"]:
-    return "all"
-
-  @property
-  def queries(self) -> int:
-    return 0
-
-  @property
-  def pooling(self) -> int:
-    return 1
 
   def value(self, kvs: HeldKVs) -> jax.Array:
     return mean_over_queries(kvs, self.buffer) if self.reduction == "mean" else kvs.scores

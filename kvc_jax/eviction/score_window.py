@@ -1,7 +1,7 @@
 """KVC-w: attention of the prompt's last queries."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 
@@ -22,6 +22,7 @@ class WindowAttention:
     buffer: newest tokens that a query does not count for.
   """
 
+  observed: ClassVar[Literal["none", "last", "all"]] = "last"
   queries: int = 16
   power: int = 2
   pooling: int = 7
@@ -30,10 +31,6 @@ class WindowAttention:
 
   def __post_init__(self):
     check_attention_rule(self, self.reduction)
-
-  @property
-  def observed(self) -> Literal["none", "last", "all"]:
-    return "last"
 
   def value(self, kvs: HeldKVs) -> jax.Array:
     return mean_over_queries(kvs, self.buffer) if self.reduction == "mean" else kvs.scores

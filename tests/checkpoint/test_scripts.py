@@ -31,7 +31,7 @@ def test_convert_llama_names_the_fault(tmp_path):
   (source / "model.safetensors").write_bytes(b"")
   result = run("convert_llama.py", source, tmp_path / "out")
   assert (result.returncode, result.stdout) == (2, "")
-  assert result.stderr.startswith(f"convert_llama.py: error: {source / 'model.safetensors'} is cut off")
+  assert result.stderr.startswith(f"kvc: error: {source / 'model.safetensors'} is cut off")
   assert result.stderr.count("\n") == 1
 
 
