@@ -24,7 +24,7 @@ def paged_decode(
 
   With `scores`, every attended KV's score grows by the sum over its G query
   heads of probability ** power, where key position <= query position - buffer
-  (KV-Compress, section 3: the metric is kept up to date while decoding).
+  (KV-Compress, arXiv 2410.00161: the metric is kept up to date while decoding).
 
   Args:
     q: [S, H*G, D] queries after RoPE; head h*G + g reads KV head h.

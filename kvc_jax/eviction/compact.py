@@ -2,7 +2,7 @@
 
 After evicting e of a head's n KVs it has n' = n - e. The survivors at index >= n'
 are as many as the holes at index < n', and the two sets are disjoint, so the
-moves can go in any order (KV-Compress, section 3).
+moves can go in any order (KV-Compress, arXiv 2410.00161).
 
     index     0 1 2 3 4 5 6 7        n = 8, evicted: 1 3 6, n' = 5
     kept      x . x . x x . x        holes below 5: 1 3; survivors from 5: 5 7

@@ -4,8 +4,8 @@ Freeing the first block of a head costs its last block's occupancy h (1..P)
 evictions, each further block P more, so block j of a head costs the
 (h - 1 + j*P)-th smallest value. "The E cheapest blocks of the group" is then a
 threshold: the smallest value at which at least E blocks can be freed. It is
-found by bisection on the order-preserving integer image of the values
-(KV-Compress, section 3; DESIGN's choice, exact for every tie).
+found by bisection on the order-preserving integer image of the values. The cost
+of a block is KV-Compress's (arXiv 2410.00161), which sorts instead.
 """
 
 from collections.abc import Callable
