@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -24,6 +25,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit status: 0, 2 on bad input, 130 when interrupted."""
   args = _parser().parse_args(argv)
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end the run
   try:
     return args.run(args)
   except InputError as e:
@@ -37,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print("kvc: interrupted", file=sys.stderr)
     return 130
+  except Exception as e:
+    if type(e).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(e):
+      return _fail("the device is out of memory; lower --num-blocks, --chunk-size, --max-num-seqs or --queries")
+    raise
 
 
 def _fail(message: str) -> int:
@@ -133,14 +140,13 @@ def _add_compression_options(parser: argparse.ArgumentParser) -> None:
   group = parser.add_argument_group("compression (off without --rate or --max-cache-tokens)")
   group.add_argument("--rate", type=float, help="keep one KV in RATE outside the window")
   group.add_argument("--max-cache-tokens", type=int, help="keep this many tokens per head, on average")
-  group.add_argument("--window", type=int, default=32, help="newest tokens that always stay (default: %(default)s)")
-  group.add_argument("--sinks", type=int, default=0, help="first tokens that always stay (default: %(default)s)")
-  group.add_argument("--allocation", choices=("all", "layer", "head"), default="all",
-                     help="heads that share a budget (default: %(default)s of a sequence)")
+  group.add_argument("--window", type=int, help="newest tokens that always stay (default: 32)")
+  group.add_argument("--sinks", type=int, help="first tokens that always stay (default: 0)")
+  group.add_argument("--allocation", choices=("all", "layer", "head"),
+                     help="heads that share a budget (default: all of a sequence)")
   group.add_argument("--interval", type=int,
                      help="decode steps between compressions; once after the prompt by default")
-  group.add_argument("--scoring", choices=("window", "full", "random"), default="window",
-                     help="what a KV is worth (default: %(default)s)")
+  group.add_argument("--scoring", choices=("window", "full", "random"), help="what a KV is worth (default: window)")
   group.add_argument("--queries", type=int, help="prompt queries that --scoring window observes")
   group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention")
   group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries")
@@ -148,6 +154,8 @@ def _add_compression_options(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--buffer", type=int, help="newest tokens that a query does not count for")
 
 
+_BUDGET_OPTIONS = ("rate", "max_cache_tokens")
+_COMPRESSION_OPTIONS = ("window", "sinks", "allocation", "interval")
 _SCORING_OPTIONS = {
     "window": ("queries", "power", "reduction", "pooling", "buffer"),
     "full": ("power", "reduction", "buffer"),
@@ -158,23 +166,30 @@ _SCORING_OPTIONS = {
 def _scoring(args: argparse.Namespace) -> Any:
   import kvc_jax
 
-  given = {o: v for o in _SCORING_OPTIONS["window"] if (v := getattr(args, o)) is not None}
-  unfit = [f"--{o}" for o in given if o not in _SCORING_OPTIONS[args.scoring]]
+  name = args.scoring or "window"
+  given = _given(args, _SCORING_OPTIONS["window"])
+  unfit = [f"--{o}" for o in given if o not in _SCORING_OPTIONS[name]]
   if unfit:
-    raise InputError(f"{', '.join(unfit)} does not go with --scoring {args.scoring}; leave it out")
-  if args.scoring == "random":
+    raise InputError(f"{', '.join(unfit)} does not go with --scoring {name}; leave it out")
+  if name == "random":
     return kvc_jax.RandomScore(seed=args.seed or 0)
-  return (kvc_jax.WindowAttention if args.scoring == "window" else kvc_jax.FullAttention)(**given)
+  return (kvc_jax.WindowAttention if name == "window" else kvc_jax.FullAttention)(**given)
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+  return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def _compression(args: argparse.Namespace) -> Any:
   import kvc_jax
 
-  if args.rate is None and args.max_cache_tokens is None:
+  options = _given(args, (*_BUDGET_OPTIONS, *_COMPRESSION_OPTIONS))
+  if not _given(args, _BUDGET_OPTIONS):
+    idle = [*options, *_given(args, ("scoring", *_SCORING_OPTIONS["window"]))]
+    if idle:
+      raise InputError(f"--{idle[0]} compresses nothing without --rate or --max-cache-tokens; give one of them")
     return None
-  return kvc_jax.Compression(
-      rate=args.rate, max_cache_tokens=args.max_cache_tokens, window=args.window, sinks=args.sinks,
-      allocation=args.allocation, interval=args.interval, scoring=_scoring(args))
+  return kvc_jax.Compression(**options, scoring=_scoring(args))
 
 
 def _sampling(args: argparse.Namespace) -> Any:
@@ -194,6 +209,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _read(name: str) -> str:
+  if name == "-" and sys.stdin is None:
+    raise InputError("standard input is closed; give a prompt with --prompt or --file")
   try:
     data = sys.stdin.buffer.read() if name == "-" else pathlib.Path(name).read_bytes()
     return data.decode("utf-8")

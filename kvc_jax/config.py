@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any, Literal
 
@@ -35,7 +36,9 @@ class RopeConfig:
     """
     raw = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = raw.get("rope_type", raw.get("type", "default"))
-    theta = float(raw.get("rope_theta", hf.get("rope_theta", 10_000.0)))
+    theta = _positive("rope_theta", raw.get("rope_theta", hf.get("rope_theta", 10_000.0)))
+    if raw.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1) != 1:
+      raise InputError("config.json: partial_rotary_factor is not 1, which is not supported")
     if kind == "default":
       return cls(theta=theta)
     if kind not in ("linear", "llama3"):
@@ -48,12 +51,13 @@ class RopeConfig:
     if missing:
       raise InputError(f"config.json: RoPE type {kind!r} lacks {', '.join(missing)}; add it to rope_parameters")
     if kind == "linear":
-      return cls(theta=theta, kind="linear", factor=float(raw["factor"]))
+      return cls(theta=theta, kind="linear", factor=_positive("factor", raw["factor"]))
+    low, high = (_positive(n, raw[n]) for n in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+      raise InputError(f"config.json: low_freq_factor ({low}) must be below high_freq_factor ({high})")
     return cls(
-        theta=theta, kind="llama3", factor=float(raw["factor"]),
-        low_freq_factor=float(raw["low_freq_factor"]),
-        high_freq_factor=float(raw["high_freq_factor"]),
-        original_max_position=int(raw["original_max_position_embeddings"]))
+        theta=theta, kind="llama3", factor=_positive("factor", raw["factor"]), low_freq_factor=low,
+        high_freq_factor=high, original_max_position=int(raw["original_max_position_embeddings"]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,11 +89,6 @@ class LlamaConfig:
       raise InputError(
           f"config.json: head_dim is {self.head_dim}, but a positive even number is needed (RoPE turns pairs)")
 
-  @property
-  def group_size(self) -> int:
-    """Query heads per KV head (G)."""
-    return self.num_heads // self.num_kv_heads
-
   @classmethod
   def from_hf(cls, hf: dict[str, Any]) -> "LlamaConfig":
     """Converts the contents of a `config.json`.
@@ -110,9 +109,11 @@ class LlamaConfig:
         intermediate_size=_positive_int(hf, "intermediate_size"),
         num_layers=_positive_int(hf, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=_positive_int(hf, "num_key_value_heads") if hf.get("num_key_value_heads") is not None else heads,
+        # Where the field is absent, transformers takes 8 for Mistral.
+        num_kv_heads=_positive_int(
+            {"num_key_value_heads": 8 if mistral else heads, **_given(hf)}, "num_key_value_heads"),
         head_dim=int(head_dim),
-        rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_positive("rms_norm_eps", hf.get("rms_norm_eps", 1e-6)),
         rope=RopeConfig.from_hf(hf),
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
         attention_bias=not mistral and bool(hf.get("attention_bias", False)),
@@ -154,7 +155,8 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
     raise InputError(
         f"config.json: architecture {', '.join(map(str, architectures)) or '(none)'} is not supported; "
         f"known ones are {', '.join(_ARCHITECTURES)}")
-  window = hf.get("sliding_window")
+  # transformers takes 4096 for a Mistral whose config does not say.
+  window = hf.get("sliding_window", 4096 if architectures[0] == "MistralForCausalLM" else None)
   if window is not None and hf.get("use_sliding_window", True):
     raise InputError(
         f"config.json: a sliding window of {window} tokens is active, which is not supported; "
@@ -165,6 +167,17 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
   if activation not in _ACTIVATIONS:
     raise InputError(
         f"config.json: activation {activation!r} is not supported; known ones are {', '.join(_ACTIVATIONS)}")
+
+
+def _given(hf: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in hf.items() if value is not None}
+
+
+def _positive(name: str, value: Any) -> float:
+  number = float(value)
+  if not (math.isfinite(number) and number > 0):
+    raise InputError(f"config.json: {name} is {value!r}, but a positive number is needed")
+  return number
 
 
 def _positive_int(hf: dict[str, Any], name: str) -> int:

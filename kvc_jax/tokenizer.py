@@ -18,6 +18,7 @@ TOKENIZER_FILES = (
 
 _JSON_FILES = tuple(name for name in TOKENIZER_FILES if name.endswith(".json"))
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_CONTEXT_TOKENS = 16  # of a prompt; enough for any character, all of whose bytes may be tokens
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -171,11 +172,16 @@ class IncrementalDecoder:
   at the start of a text.
   """
 
-  def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+  def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, context: Sequence[int] = ()):
+    """Starts a text, or goes on from the tokens of `context`, a prompt.
+
+    Behind a prompt the first piece keeps its leading space: prompt and pieces
+    put together read as one text.
+    """
     self._tokenizer = tokenizer
     self._skip_special_tokens = skip_special_tokens
-    self._context: list[int] = []
-    self._context_text = ""
+    self._context = [i for i in context[-_CONTEXT_TOKENS:] if not tokenizer.is_special(i)]
+    self._context_text = self._decode(self._context)
     self._pending: list[int] = []
 
   def add(self, token_id: int) -> str:

@@ -33,7 +33,7 @@ def decode_attention(
     q: [S, H*G, D] after RoPE, a row for each slot.
     k: [S, H, D] after RoPE.
     v: [S, H, D].
-    active: [S]; other rows write nothing and yield zeros.
+    active: [S], those that `allocate` gave room (its ok); other rows write nothing and yield zeros.
     scale: factor on q k^T.
     rule: adds these queries' attention to the scores, if it observes any;
       None leaves the scores alone and costs nothing.

@@ -56,7 +56,8 @@ def prefill_attention(
 ) -> tuple[jax.Array, CacheState, Observation]:
   """One layer's attention for a chunk of a prompt; writes its KVs and observes its queries.
 
-  `allocate` has made room for `count` tokens of `slot` before.
+  `allocate` has made room for `count` tokens of `slot` before; where it refused,
+  pass a count of 0, or the sequence's newest KVs are written over.
 
   Args:
     state: the cache.

@@ -2,7 +2,7 @@
 
 Slots are named by an i32 [B] array of distinct slots; the value S (one past the
 last slot) marks an entry to be ignored, so B is static while the number of
-sequences is not.
+sequences is not. Any other number outside 0..S-1 is ignored as well.
 """
 
 import dataclasses
@@ -12,6 +12,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from kvc_jax.cache.state import NULL_BLOCK, CacheState
+
+
+def ignore_outside(slots: Array, num_slots: int) -> Array:
+  """Slots with S in place of negative ones, which an index would count from the end."""
+  return jnp.where(slots < 0, num_slots, slots)
 
 
 def blocks_held(lengths: Array, block_size: int) -> Array:
@@ -44,6 +49,7 @@ def allocate(
     Blocks go in the order of `slots`: behind one that does not fit, only
     sequences that need no block are served.
   """
+  slots = ignore_outside(slots, state.num_slots)
   old = state.lengths[:, jnp.minimum(slots, state.num_slots - 1)]  # [L, B, H]
   p = state.block_size
   named = slots < state.num_slots
@@ -113,6 +119,7 @@ def push_blocks(state: CacheState, ids: Array, freed: Array) -> CacheState:
 
 def release(state: CacheState, slots: Int[Array, " seqs"]) -> CacheState:
   """Ends the sequences in `slots` (i32 [B], distinct; S = ignore) and frees their blocks."""
+  slots = ignore_outside(slots, state.num_slots)
   tables = state.tables.at[:, slots].get(mode="fill", fill_value=NULL_BLOCK)  # [L, B, H, M]
   state = push_blocks(state, tables, tables != NULL_BLOCK)
   return dataclasses.replace(

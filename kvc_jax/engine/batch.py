@@ -16,6 +16,8 @@ from kvc_jax.eviction.score import ScoringRule, first_observed
 from kvc_jax.model.llama import Llama
 from kvc_jax.sampling import SamplingArrays, sample
 
+_EVICT_TOKENS = 32_768
+
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Sequence:
@@ -28,8 +30,10 @@ class Sequence:
     compression: None for a request that is not compressed.
     output: decoded text so far.
     token_ids: ids generated so far; the newest is not in the cache yet.
+    ids_given: how many of them a streaming callback has seen.
     slot: of the cache, -1 while waiting.
-    steps: decode steps done.
+    steps: decode steps done; fewer than len(token_ids) - 1 while a preempted
+      request catches up with what it had generated.
     compressions: evictions run.
     freed_blocks: blocks that they gave back.
     finish_reason: set when the request has ended.
@@ -41,6 +45,7 @@ class Sequence:
   compression: Compression | None
   output: OutputText
   token_ids: list[int] = dataclasses.field(default_factory=list)
+  ids_given: int = 0
   slot: int = -1
   steps: int = 0
   compressions: int = 0
@@ -51,6 +56,15 @@ class Sequence:
   def tokens_seen(self) -> int:
     """Tokens that went through the cache."""
     return len(self.prompt) + self.steps
+
+  @property
+  def is_new_ground(self) -> bool:
+    """Whether the token that comes next was not generated before a preemption."""
+    return self.steps == len(self.token_ids) - 1
+
+  def restart(self) -> None:
+    """Goes back to the prompt; what was generated stays and is run again, not drawn again."""
+    self.steps = self.compressions = self.freed_blocks = 0
 
 
 class Batch:
@@ -68,8 +82,16 @@ class Batch:
     self.chunk_size = chunk_size
     self.state = init_cache(config)
     self._free_slots = list(range(config.num_slots - 1, -1, -1))
-    # Sequences per eviction call; each costs temporaries of a few bytes per KV slot.
-    self._evict_rows = min(config.num_slots, 4)
+    # Sequences per eviction call: each costs temporaries of some bytes for every KV its tables could hold.
+    longest = config.max_blocks_per_head * config.block_size
+    self._evict_rows = max(1, min(config.num_slots, 4, _EVICT_TOKENS // longest))
+
+  def reset(self) -> None:
+    """Empties the cache, whatever state an exception may have left it in."""
+    for array in jax.tree.leaves(self.state):
+      array.delete()  # before the new pool is made: there may not be room for two
+    self.state = init_cache(self.config)
+    self._free_slots = list(range(self.config.num_slots - 1, -1, -1))
 
   @property
   def free_blocks(self) -> int:
@@ -112,7 +134,7 @@ class Batch:
     tokens = np.zeros(self.config.num_slots, np.int32)
     active = np.zeros(self.config.num_slots, bool)
     for sequence in sequences:
-      tokens[sequence.slot] = sequence.token_ids[-1]
+      tokens[sequence.slot] = sequence.token_ids[sequence.steps]
       active[sequence.slot] = True
     logits, ok, self.state = steps.decode_step(
         self.model, self.state, tokens, active, rule=_decode_rule(sequences))
@@ -123,7 +145,7 @@ class Batch:
 
   def sample(self, logits: jax.Array, sequences: list[Sequence | None]) -> np.ndarray:
     """Draws a token id for each row of logits; a row without a sequence draws anything."""
-    rows = [_sampling_row(s) for s in sequences]
+    rows = [_sampling_row(s, self.model.config.vocab_size) for s in sequences]
     columns = [jnp.asarray(c, d) for c, d in zip(zip(*rows, strict=True), _SAMPLING_DTYPES, strict=True)]
     return np.asarray(_sample(logits, SamplingArrays(*columns)))
 
@@ -139,17 +161,15 @@ class Batch:
     for i, sequence in enumerate(sequences):
       compression = _compression(sequence)
       rows[:, i] = (
-          sequence.slot, compression.cache_tokens(sequence.tokens_seen), compression.window,
-          compression.sinks, first_observed(compression.scoring, len(sequence.prompt)))
+          sequence.slot, compression.cache_tokens(sequence.tokens_seen), compression.window, compression.sinks,
+          first_observed(compression.scoring, len(sequence.prompt)))
     self.state, eviction = steps.evict(self.state, *rows, rule=first.scoring, allocation=first.allocation)
     for sequence, freed in zip(sequences, np.asarray(eviction.freed_blocks), strict=False):
       sequence.compressions += 1
       sequence.freed_blocks += int(freed)
 
   def release(self, sequence: Sequence) -> None:
-    """Frees the sequence's blocks and slot; does nothing for one that holds none."""
-    if sequence.slot < 0:
-      return
+    """Frees the sequence's blocks and slot."""
     self.state = steps.release(self.state, jnp.asarray([sequence.slot], jnp.int32))
     self._free_slots.append(sequence.slot)
     sequence.slot = -1
@@ -181,11 +201,11 @@ _sample = jax.jit(sample)
 _SAMPLING_DTYPES = (np.float32, np.int32, np.float32, np.float32, np.uint32, np.int32)
 
 
-def _sampling_row(sequence: Sequence | None) -> tuple[float, ...]:
+def _sampling_row(sequence: Sequence | None, vocab_size: int) -> tuple[float, ...]:
   if sequence is None:
     return (0.0, 0, 1.0, 0.0, 0, 0)
   params = sequence.params
-  return (params.temperature, max(params.top_k, 0), params.top_p, params.min_p, params.seed or 0,
+  return (params.temperature, min(max(params.top_k, 0), vocab_size), params.top_p, params.min_p, params.seed or 0,
           len(sequence.token_ids))
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import operator
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequences
 from typing import Any
 
@@ -85,8 +85,9 @@ class LLM:
       raise InputError(f"chunk_size is {chunk_size} and max_num_seqs {max_num_seqs}; both must be at least 1")
     self.config = _cache_config(
         self._model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes)
-    self._batch = Batch(self._model, self.config, chunk_size)
-    self._seed = seed
+    self._batch = Batch(self._model, self.config, min(chunk_size, self.max_model_len))
+    self._seeds = np.random.SeedSequence(seed)
+    self._busy = False
 
   def generate(
       self,
@@ -101,7 +102,8 @@ class LLM:
   ) -> list[RequestOutput]:
     """Generates text for each prompt.
 
-    Prompts run together, as many as slots and blocks allow; the others wait.
+    Prompts run together, as many as slots and blocks allow; the others wait. Where
+    the pool runs out, the newest starts over once another has ended; its text stays.
 
     Args:
       prompts: text or token ids; one or many, of any lengths.
@@ -119,26 +121,41 @@ class LLM:
     Raises:
       InputError: before anything runs, where a prompt is empty, too long, out of
         the vocabulary, or larger than the whole pool.
+      RuntimeError: called from a callback of a call that has not ended.
     """
+    if self._busy:
+      raise RuntimeError("generate is running; a callback cannot call it again")
     sequences = self._sequences(prompts, sampling_params, compression)
+    self._busy = True
+    try:
+      return self._run(sequences, on_text, on_result, return_positions, progress)
+    except BaseException:
+      # A step that was broken off may have donated the cache and not given it back.
+      self._batch.reset()
+      raise
+    finally:
+      self._busy = False
+
+  def _run(self, sequences, on_text, on_result, return_positions, progress) -> list[RequestOutput]:
     waiting = collections.deque(sequences)
     running: list[Sequence] = []
     outputs: dict[int, RequestOutput] = {}
     with tqdm.tqdm(total=len(sequences), disable=not progress, unit="prompt", desc="generating") as bar:
-      try:
-        while waiting or running:
+      full = False  # the pool ran out: nobody joins before somebody has ended
+      while waiting or running:
+        if not full:
           self._admit(waiting, running, on_text)
-          self._decode(running, on_text)
-          for sequence in [s for s in running if s.finish_reason]:
-            outputs[sequence.index] = self._result(sequence, return_positions)
-            running.remove(sequence)
-            self._batch.release(sequence)
-            bar.update()
-            if on_result:
-              on_result(outputs[sequence.index])
-      finally:
-        for sequence in running:  # a callback raised, or the user broke off
+        if not self._decode(running, on_text):
+          self._make_room(waiting, running, on_text)
+          full = True
+        for sequence in [s for s in running if s.finish_reason]:
+          outputs[sequence.index] = self._result(sequence, return_positions)
+          running.remove(sequence)
           self._batch.release(sequence)
+          full = False
+          bar.update()
+          if on_result:
+            on_result(outputs[sequence.index])
     return [outputs[i] for i in range(len(sequences))]
 
   def chat(
@@ -169,17 +186,22 @@ class LLM:
 
   def _sequences(self, prompts, sampling_params, compression) -> list[Sequence]:
     prompts = _as_list(prompts)
-    params = sampling_params or SamplingParams()
-    every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    params = SamplingParams() if sampling_params is None else sampling_params
+    every = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
+    if not all(isinstance(p, SamplingParams) for p in every):
+      raise InputError("sampling_params must be SamplingParams, or a list of them")
+    if compression is not None and not isinstance(compression, Compression):
+      raise InputError(f"compression is {compression!r}; give a Compression, such as Compression(rate=8), or None")
     if len(every) != len(prompts):
       raise InputError(f"{len(prompts)} prompts but {len(every)} SamplingParams; give one, or one for each prompt")
     ids = [self._prompt_ids(i, prompt) for i, prompt in enumerate(prompts)]
     return [self._sequence(i, *pair, compression) for i, pair in enumerate(zip(ids, every, strict=True))]
 
   def _sequence(self, index: int, prompt: list[int], params: SamplingParams, compression) -> Sequence:
-    if params.seed is None:
-      params = dataclasses.replace(params, seed=(self._seed + index) % 2**32)
-    decoder = IncrementalDecoder(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
+    if params.seed is None:  # another one for every request that this engine ever serves
+      params = dataclasses.replace(params, seed=int(self._seeds.spawn(1)[0].generate_state(1)[0]))
+    decoder = IncrementalDecoder(
+        self.tokenizer, skip_special_tokens=params.skip_special_tokens, context=prompt)
     return Sequence(index=index, prompt=prompt, params=params, compression=compression,
                     output=OutputText(decoder, params.stop_strings))
 
@@ -205,6 +227,8 @@ class LLM:
   def _encoded(self, index: int, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
       return self.tokenizer.encode(prompt)
+    if isinstance(prompt, bytes):
+      raise InputError(f"prompt {index} is bytes; decode it to text first")
     try:
       return [operator.index(i) for i in prompt]
     except TypeError:
@@ -224,17 +248,22 @@ class LLM:
       logits = self._batch.prefill(sequence)
       if sequence.compression:
         self._batch.compress([sequence])
-      token = self._batch.sample(logits[None], [sequence])[0]
-      self._accept(sequence, int(token), on_text)
+      if not sequence.token_ids:
+        token = self._batch.sample(logits[None], [sequence])[0]
+        self._accept(sequence, int(token), on_text)
 
-  def _decode(self, running: list[Sequence], on_text: OnText | None) -> None:
-    """One token for every sequence that has not ended, then the compressions that are due."""
+  def _decode(self, running: list[Sequence], on_text: OnText | None) -> bool:
+    """One token for every sequence that has not ended, then the compressions that are due.
+
+    Returns False where sequences are left to run but none of them got a block.
+    """
     going = [s for s in running if not s.finish_reason]
     if not going:
-      return
+      return True
+    draws = [s for s in going if s.is_new_ground]
     logits, ok = self._batch.decode(going)
     by_slot: list[Sequence | None] = [None] * self.config.num_slots
-    for sequence in going:
+    for sequence in draws:
       by_slot[sequence.slot] = sequence
     tokens = self._batch.sample(logits, by_slot)
     moved = [s for s in going if ok[s.slot]]
@@ -242,9 +271,21 @@ class LLM:
     if due:
       self._batch.compress(due)
     for sequence in moved:
-      self._accept(sequence, int(tokens[sequence.slot]), on_text)
-    if not moved:  # no block is free and nobody will free one: the newest gives way
-      self._finish(going[-1], "cache_full", on_text)
+      if sequence in draws:
+        self._accept(sequence, int(tokens[sequence.slot]), on_text)
+    return bool(moved)
+
+  def _make_room(self, waiting: collections.deque, running: list[Sequence], on_text: OnText | None) -> None:
+    """No block is free and nobody will free one: the newest gives way, or ends if it is alone."""
+    if any(s.finish_reason for s in running):
+      return None  # blocks are about to come back
+    if len(running) == 1:
+      return self._finish(running[0], "cache_full", on_text)
+    victim = running.pop()
+    self._batch.release(victim)
+    victim.restart()
+    waiting.appendleft(victim)
+    return None
 
   def _accept(self, sequence: Sequence, token: int, on_text: OnText | None) -> None:
     """Takes a generated token: text, stop conditions, callback."""
@@ -259,8 +300,8 @@ class LLM:
     length = len(sequence.prompt) + len(sequence.token_ids)
     if len(sequence.token_ids) >= params.max_tokens or length >= self.max_model_len:
       return self._finish(sequence, "length", on_text, piece)
-    if on_text and piece:
-      on_text(StreamChunk(index=sequence.index, text=piece, token_ids=[token], finish_reason=None))
+    if piece:
+      self._give(sequence, piece, on_text)
     return None
 
   def _finish(
@@ -269,9 +310,14 @@ class LLM:
     piece += sequence.output.finish()
     # The text may end in a stop string that only the last bytes completed.
     sequence.finish_reason = "stop" if sequence.output.stopped else reason
+    self._give(sequence, piece, on_text)
+
+  def _give(self, sequence: Sequence, piece: str, on_text: OnText | None) -> None:
+    """Hands text, and the ids since the last piece, to the callback."""
     if on_text:
-      on_text(StreamChunk(index=sequence.index, text=piece, token_ids=sequence.token_ids[-1:],
-                          finish_reason=sequence.finish_reason))
+      ids = sequence.token_ids[sequence.ids_given :]
+      sequence.ids_given += len(ids)
+      on_text(StreamChunk(index=sequence.index, text=piece, token_ids=ids, finish_reason=sequence.finish_reason))
 
   def _result(self, sequence: Sequence, positions: bool) -> RequestOutput:
     assert sequence.finish_reason is not None
@@ -288,6 +334,8 @@ class LLM:
 def _as_list(prompts: Prompt | Sequences[Prompt]) -> list[Prompt]:
   if isinstance(prompts, str):
     return [prompts]
+  if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+    raise InputError(f"prompts is {prompts!r}; give a text, a list of token ids, or a list of these")
   every: list[Any] = list(prompts)
   one = bool(every) and isinstance(every[0], (int, np.integer))  # one prompt, as ids
   return [every] if one else every
@@ -324,7 +372,8 @@ def _cache_config(
         f"{config.heads_per_sequence + 1} (a block for each of {config.heads_per_sequence} heads, and the "
         "null block); raise num_blocks or kv_cache_memory_bytes")
   config = dataclasses.replace(config, num_blocks=num_blocks)
-  _check_pool_fits(config.num_blocks * config.bytes_per_block)
+  tables = max_num_seqs * config.heads_per_sequence * config.max_blocks_per_head * 4
+  _check_pool_fits(config.num_blocks * config.bytes_per_block + tables)
   return config
 
 
@@ -334,8 +383,8 @@ def _check_pool_fits(pool_bytes: int) -> None:
   memory = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
   if pool_bytes > memory:
     raise InputError(
-        f"the pool would take {pool_bytes:,} bytes, but the device has {memory:,}; "
-        "lower num_blocks or kv_cache_memory_bytes")
+        f"the cache would take {pool_bytes:,} bytes, but the device has {memory:,}; "
+        "lower num_blocks, kv_cache_memory_bytes, max_num_seqs or max_model_len")
 
 
 def _free_memory() -> int:

@@ -1,12 +1,11 @@
 """What a caller asks of the engine and what comes back."""
 
 import dataclasses
-import math
 from typing import Literal
 
 import numpy as np
 
-from kvc_jax.errors import InputError
+from kvc_jax.errors import InputError, check_count, check_real
 
 FinishReason = Literal["stop", "length", "cache_full"]
 
@@ -40,20 +39,28 @@ class SamplingParams:
   skip_special_tokens: bool = True
 
   def __post_init__(self):
-    if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-      raise InputError(f"SamplingParams: temperature is {self.temperature}; give 0 (greedy) or more")
-    if self.top_k < -1:
-      raise InputError(f"SamplingParams: top_k is {self.top_k}; give a positive number, or 0 for all")
+    check_real("SamplingParams: temperature", self.temperature, at_least=0, hint="0 (greedy) or more")
+    check_count("SamplingParams: top_k", self.top_k, at_least=-1, hint="; 0 is all")
+    check_real("SamplingParams: top_p", self.top_p, at_least=0, hint="a number above 0 and up to 1")
     if not 0 < self.top_p <= 1:
       raise InputError(f"SamplingParams: top_p is {self.top_p}; give a number above 0 and up to 1")
-    if not 0 <= self.min_p <= 1:
+    check_real("SamplingParams: min_p", self.min_p, at_least=0, hint="a number from 0 to 1")
+    if self.min_p > 1:
       raise InputError(f"SamplingParams: min_p is {self.min_p}; give a number from 0 to 1")
-    if self.max_tokens < 1:
-      raise InputError(f"SamplingParams: max_tokens is {self.max_tokens}; give at least 1")
-    if self.seed is not None and not 0 <= self.seed < 2**32:
-      raise InputError(f"SamplingParams: seed is {self.seed}; give a whole number from 0 to 2**32 - 1")
+    check_count("SamplingParams: max_tokens", self.max_tokens, at_least=1)
+    if self.seed is not None:
+      check_count("SamplingParams: seed", self.seed, at_least=0, at_most=2**32 - 1)
+    self._check_stops()
+
+  def _check_stops(self):
+    if not isinstance(self.stop, (str, tuple, list)) or not all(isinstance(s, str) for s in self.stop):
+      raise InputError(f"SamplingParams: stop is {self.stop!r}; give a string or a list of strings")
     if any(not s for s in self.stop_strings):
       raise InputError("SamplingParams: an empty stop string would end every text at once; leave it out")
+    if not isinstance(self.stop_token_ids, (tuple, list)):
+      raise InputError(f"SamplingParams: stop_token_ids is {self.stop_token_ids!r}; give a list of token ids")
+    for token in self.stop_token_ids:
+      check_count("SamplingParams: a stop token id", token, at_least=0)
 
   @property
   def stop_strings(self) -> tuple[str, ...]:
@@ -132,6 +139,9 @@ class RequestOutput:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamChunk:
   """A piece of one request's text, as given to a streaming callback.
+
+  All chunks' texts and token ids together are those of the `RequestOutput`; ids
+  whose text is held back come with the next chunk.
 
   `finish_reason` is None until the request's last chunk.
   """

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from kvc_jax.errors import InputError
+from kvc_jax.errors import InputError, check_count, check_real
 from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.eviction.step import Allocation
@@ -41,24 +41,25 @@ class Compression:
   def __post_init__(self):
     if self.rate is None and self.max_cache_tokens is None:
       raise InputError("Compression: give a rate or max_cache_tokens")
-    if self.rate is not None and not (self.rate >= 1 and math.isfinite(self.rate)):
-      raise InputError(f"Compression: rate is {self.rate}; give a number of at least 1 (8 keeps one KV in eight)")
-    if self.window < 1:
-      raise InputError(f"Compression: window is {self.window}; at least 1 token must be protected")
-    if self.sinks < 0:
-      raise InputError(f"Compression: sinks is {self.sinks}; it cannot be negative")
+    if self.rate is not None:
+      check_real("Compression: rate", self.rate, at_least=1, hint="a number of at least 1 (8 keeps one KV in eight)")
+    check_count("Compression: window", self.window, at_least=1)
+    check_count("Compression: sinks", self.sinks, at_least=0)
+    if self.max_cache_tokens is not None:
+      check_count("Compression: max_cache_tokens", self.max_cache_tokens, at_least=1)
     if self.max_cache_tokens is not None and self.max_cache_tokens < self.window + self.sinks:
       raise InputError(
           f"Compression: max_cache_tokens ({self.max_cache_tokens}) is below window + sinks "
           f"({self.window} + {self.sinks}), which are never evicted; raise it or shrink the window")
-    if not isinstance(self.scoring, ScoringRule) or isinstance(self.scoring, type):
+    known = isinstance(self.scoring, ScoringRule) and self.scoring.observed in ("none", "last", "all")
+    if not known or isinstance(self.scoring, type):
       raise InputError(
           f"Compression: scoring is {self.scoring!r}, which is no scoring rule; give an object such as "
           "WindowAttention(), or one of your own with the attributes of ScoringRule")
     if self.allocation not in ("all", "layer", "head"):
       raise InputError(f"Compression: allocation is {self.allocation!r}; give 'all', 'layer' or 'head'")
-    if self.interval is not None and self.interval < 1:
-      raise InputError(f"Compression: interval is {self.interval}; give at least 1 decode step, or None for once")
+    if self.interval is not None:
+      check_count("Compression: interval", self.interval, at_least=1, hint=" decode steps, or None for once")
 
   def cache_tokens(self, num_tokens: int) -> int:
     """Budget C, tokens per head, of a sequence that has seen `num_tokens`."""

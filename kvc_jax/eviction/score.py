@@ -11,7 +11,12 @@ from typing import Literal, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from kvc_jax.errors import InputError
+from kvc_jax.errors import InputError, check_count
+
+# The queries of all layers are kept while a prompt is prefilled.
+_MOST_QUERIES = 4096
+_WIDEST_POOLING = 1023
+_WIDEST_BUFFER = 2**24
 
 
 @jax.tree_util.register_dataclass
@@ -62,16 +67,15 @@ class ScoringRule(Protocol):
 
 def check_attention_rule(rule: ScoringRule, reduction: str) -> None:
   """Raises InputError where a number of an attention-based rule is out of range."""
-  if rule.power not in (1, 2):
-    raise InputError(f"scoring: power is {rule.power!r}; give 1 or 2")
+  check_count("scoring: power", rule.power, at_least=1, at_most=2)
   if reduction not in ("sum", "mean"):
     raise InputError(f"scoring: reduction is {reduction!r}; give 'sum' or 'mean'")
-  if rule.observed == "last" and rule.queries < 1:
-    raise InputError(f"scoring: queries is {rule.queries}; at least 1 is needed")
-  if rule.buffer < 0:
-    raise InputError(f"scoring: buffer is {rule.buffer}; it cannot be negative")
-  if rule.pooling < 1 or rule.pooling % 2 == 0:
-    raise InputError(f"scoring: pooling is {rule.pooling}; an odd width of at least 1 is needed")
+  if rule.observed == "last":
+    check_count("scoring: queries", rule.queries, at_least=1, at_most=_MOST_QUERIES)
+  check_count("scoring: buffer", rule.buffer, at_least=0, at_most=_WIDEST_BUFFER)
+  check_count("scoring: pooling", rule.pooling, at_least=1, at_most=_WIDEST_POOLING)
+  if rule.pooling % 2 == 0:
+    raise InputError(f"scoring: pooling is {rule.pooling}; an odd width is needed")
 
 
 def first_observed(rule: ScoringRule, prompt_tokens: int) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from kvc_jax.cache.alloc import blocks_held, push_blocks
+from kvc_jax.cache.alloc import blocks_held, ignore_outside, push_blocks
 from kvc_jax.cache.state import NULL_BLOCK, CacheState
 from kvc_jax.eviction.compact import plan_moves
 from kvc_jax.eviction.score import HeldKVs, ScoringRule
@@ -67,6 +67,7 @@ def evict(
   """
   if allocation not in ("all", "layer", "head"):
     raise ValueError(f"allocation is {allocation!r}; give 'all', 'layer' or 'head'")
+  slots = ignore_outside(slots, state.num_slots)
   tables = state.tables.at[:, slots].get(mode="fill", fill_value=NULL_BLOCK).swapaxes(0, 1)  # [B, L, H, M]
   lengths = state.lengths.at[:, slots].get(mode="fill", fill_value=0).swapaxes(0, 1)
   num_tokens = state.num_tokens.at[slots].get(mode="fill", fill_value=0)

@@ -99,6 +99,20 @@ def test_full_scores(chunk, rule):
     np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rule", [WindowAttention(queries=5), FullAttention()], ids=repr)
+def test_scores_of_a_prompt_of_several_tiles(rule):
+  """A tile of the scoring loop is 64 KVs here; 78 tokens take two."""
+  qkv = _random_qkv(7, 78)
+  _, state = _prefill(qkv, 64, rule)
+  for layer in range(2):
+    q, k = qkv[0][layer], qkv[1][layer]
+    if rule.observed == "last":
+      expected = oracles.window_scores(q, k, queries=5, power=2, pooling=7, scale=SCALE)
+    else:
+      expected = oracles.full_scores(q, k, power=2, buffer=10, scale=SCALE)
+    np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("rule", [
     FullAttention(buffer=3), FullAttention(power=1, buffer=0), WindowAttention(queries=4, buffer=1)], ids=repr)
 def test_decode_adds_to_scores(rule):

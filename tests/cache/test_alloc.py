@@ -57,6 +57,15 @@ def test_slot_number_s_is_ignored():
   assert int(state.free_count) == 8
 
 
+def test_a_negative_slot_is_not_the_last_one():
+  state, ok = _allocate(init_cache(CONFIG), [3, -1], [4, 4])
+  assert ok == [True, False]
+  assert state.num_tokens.tolist() == [0, 0, 0, 4]
+  state = release(state, jnp.array([-1]))
+  check_invariants(state)
+  assert int(state.free_count) == 6
+
+
 def test_positions_and_scores_of_new_kvs():
   state, _ = _allocate(init_cache(CONFIG), [1], [3])
   state = dataclasses.replace(state, scores=state.scores + 7.0)

@@ -44,12 +44,19 @@ def _decode(rule):
 def _prefill(rule):
   observation = jax.eval_shape(
       lambda: init_observation(rule, MODEL.num_layers, MODEL.num_heads, MODEL.head_dim, jnp.bfloat16))
-  return steps.prefill_chunk.lower(LLAMA, STATE, observation, _ints(128), _ints(), _ints(), rule=rule)
+  return steps.prefill_chunk.lower(LLAMA, STATE, observation, _ints(256), _ints(), _ints(), rule=rule)
 
 
 def _evict(allocation):
-  rows = (_ints(1),) * 5
+  rows = (_ints(4),) * 5
   return steps.evict.lower(STATE, *rows, rule=WindowAttention(), allocation=allocation)
+
+
+def _score():
+  rule = WindowAttention()
+  observation = jax.eval_shape(
+      lambda: init_observation(rule, MODEL.num_layers, MODEL.num_heads, MODEL.head_dim, jnp.bfloat16))
+  return steps.score_prompt.lower(STATE, observation, _ints(), scale=0.1, rule=rule)
 
 
 LOWERED = {
@@ -57,6 +64,7 @@ LOWERED = {
     "decode with scores": lambda: _decode(FullAttention()),
     "prefill": lambda: _prefill(None),
     "prefill with all scores": lambda: _prefill(FullAttention()),
+    "score the prompt": _score,
     "evict over all": lambda: _evict("all"),
     "evict per head": lambda: _evict("head"),
     "release": lambda: steps.release.lower(STATE, _ints(1)),

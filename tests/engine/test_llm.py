@@ -69,7 +69,7 @@ def test_text_is_the_same_alone_and_in_a_batch(llm):
     assert (alone.receipt.kvs_kept == output.receipt.kvs_kept).all()
 
 
-def test_one_is_as_long_as_unchunked():
+def test_chunk_size_changes_neither_text_nor_what_is_kept():
   """Chunks of 7 and of 300 give the same text and keep the same positions."""
   kept = []
   for chunk_size in (7, 300):
@@ -129,9 +129,59 @@ def test_waits_for_blocks_then_serves_all():
   assert llm.free_blocks == 1199
   tight = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=64, num_blocks=61)
   outputs = tight.generate(["", "", ""], SamplingParams(temperature=0, max_tokens=40))
-  assert all(o.finish_reason == "cache_full" for o in outputs[1:])
-  assert all(outputs[0].text.startswith(o.text) for o in outputs)
+  assert [(o.finish_reason, len(o.token_ids)) for o in outputs] == [("cache_full", 12)] * 3
   assert tight.free_blocks == 60
+
+
+@pytest.mark.parametrize("compression", [None, Compression(rate=2, window=4, interval=4)])
+def test_who_gives_way_to_others_loses_nothing(llm, compression):
+  """Three prompts grow until the pool is empty: the newest start over, and texts are as with room for all."""
+  tight = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32, num_blocks=241 if compression is None else 141)
+  prompts = ["", "A", "B"]
+  params = SamplingParams(temperature=0, max_tokens=40)
+  pieces, ids = ["", "", ""], [[], [], []]
+
+  def on_text(chunk):
+    pieces[chunk.index] += chunk.text
+    ids[chunk.index] += chunk.token_ids
+
+  outputs = tight.generate(prompts, params, compression, on_text=on_text)
+  roomy = llm.generate(prompts, params, compression)
+  assert [(o.text, o.token_ids, o.finish_reason) for o in outputs] == [
+      (o.text, o.token_ids, "length") for o in roomy]
+  assert pieces == [o.text for o in outputs]
+  assert ids == [o.token_ids for o in outputs]
+  assert tight.free_blocks == tight.config.num_blocks - 1
+
+
+def test_a_step_that_is_broken_off_leaves_a_working_engine(llm, monkeypatch):
+  """An interrupt between donating the cache and taking it back must not end the engine."""
+  expected = llm.generate("Once", GREEDY)[0].text
+  decode_step = steps.decode_step
+
+  def interrupted(*args, **options):
+    decode_step(*args, **options)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(steps, "decode_step", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    llm.generate(["Once", "A"], GREEDY)
+  monkeypatch.undo()
+  assert llm.free_blocks == llm.config.num_blocks - 1
+  assert llm.generate("Once", GREEDY)[0].text == expected
+
+
+def test_generate_cannot_be_called_from_its_callback(llm):
+  with pytest.raises(RuntimeError, match="a callback cannot call it again"):
+    llm.generate("a", GREEDY, on_text=lambda chunk: llm.generate("b"))
+  assert len(llm.generate("a", GREEDY)) == 1
+
+
+def test_prompt_and_text_read_as_one(llm):
+  """The first piece keeps its space behind a prompt, and has none at the start of a text."""
+  (output,) = llm.generate("Once upon", GREEDY)
+  assert output.text.startswith(" a time")
+  assert llm.generate("", GREEDY)[0].text.startswith("Once upon a time")
 
 
 def test_interval_keeps_a_long_story_small(llm):
@@ -181,9 +231,10 @@ def test_sampling_depends_on_the_seed_alone(llm):
 
 
 def test_requests_without_a_seed_differ(llm):
-  params = SamplingParams(temperature=1.0, max_tokens=16)
+  params = SamplingParams(temperature=1.0, max_tokens=48)
   first, second = llm.generate(["Once", "Once"], params)
-  assert first.token_ids != second.token_ids
+  (third,) = llm.generate("Once", params)
+  assert len({tuple(o.token_ids) for o in (first, second, third)}) == 3
 
 
 def test_stop_string_is_left_out_and_streams_the_same(llm):

@@ -7,6 +7,7 @@ import oracles
 import pytest
 
 from kvc_jax.kernels.compact_kv import compact_kv
+from kvc_jax.kernels.compact_kv_xla import MOVES_PER_STEP
 from kvc_jax.kernels.kv_write import kv_write
 from kvc_jax.kernels.paged_decode import paged_decode
 
@@ -102,6 +103,22 @@ def test_kv_write_touches_its_targets_alone():
   np.testing.assert_array_equal(kv_write(jnp.asarray(kv), k, v, blocks, offsets), expected)
   with pytest.raises(ValueError, match="head_dim"):
     kv_write(jnp.asarray(kv), k[..., :2], v[..., :2], blocks, offsets)
+
+
+def test_compact_kv_moves_more_rows_than_one_step_takes():
+  moves = 2 * MOVES_PER_STEP + 5
+  pool = jnp.arange(2 * moves + 2, dtype=jnp.int32).reshape(-1, 2)
+  kv = jnp.stack([pool, -pool], axis=1)[..., None].astype(jnp.float32)
+  order = np.random.default_rng(0).permutation(np.arange(2, 2 * moves + 2))
+  sources, targets = order[:moves], order[moves:]
+  new_kv, new_scores, new_positions = compact_kv(
+      kv, pool.astype(jnp.float32), pool, jnp.asarray(sources), jnp.asarray(targets), jnp.int32(moves))
+  expected = np.arange(2 * moves + 2)
+  expected[targets] = sources
+  np.testing.assert_array_equal(new_positions.reshape(-1), expected)
+  np.testing.assert_array_equal(new_scores.reshape(-1), expected)
+  np.testing.assert_array_equal(new_kv[:, 0, :, 0].reshape(-1), expected)
+  np.testing.assert_array_equal(new_kv[:, 1, :, 0].reshape(-1), -expected)
 
 
 def test_compact_kv_moves_count_rows():

@@ -1,0 +1,66 @@
+"""Sampling against plain NumPy: which tokens can be drawn, and how often."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvc_jax.sampling import SamplingArrays, sample
+
+LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
+DRAWS = 4000
+_sample = jax.jit(sample)
+
+
+def _draw(*, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0):
+  """Draws DRAWS tokens with one seed and rising steps; returns how often each came."""
+  rows = SamplingArrays(
+      temperature=jnp.full(DRAWS, temperature, jnp.float32), top_k=jnp.full(DRAWS, top_k, jnp.int32),
+      top_p=jnp.full(DRAWS, top_p, jnp.float32), min_p=jnp.full(DRAWS, min_p, jnp.float32),
+      seed=jnp.full(DRAWS, seed, jnp.uint32), step=jnp.arange(DRAWS, dtype=jnp.int32))
+  tokens = _sample(jnp.broadcast_to(LOGITS, (DRAWS, LOGITS.size)), rows)
+  return np.bincount(np.asarray(tokens), minlength=LOGITS.size) / DRAWS
+
+
+def _expected(kept, temperature=1.0):
+  weights = np.where(np.isin(np.arange(LOGITS.size), kept), np.exp(LOGITS / temperature), 0)
+  return weights / weights.sum()
+
+
+@pytest.mark.parametrize(("settings", "kept"), [
+    ({}, [0, 1, 2, 3, 4]),
+    ({"temperature": 0.5}, [0, 1, 2, 3, 4]),
+    ({"temperature": 2.0}, [0, 1, 2, 3, 4]),
+    ({"top_k": 1}, [1]),
+    ({"top_k": 3}, [1, 3, 4]),
+    ({"top_k": 9}, [0, 1, 2, 3, 4]),
+    ({"top_p": 0.3}, [1]),  # the best token alone reaches it
+    ({"top_p": 0.6}, [1, 3]),  # 0.4 + 0.25
+    ({"top_p": 0.7}, [1, 3, 4]),
+    ({"min_p": 0.45}, [1, 3, 4]),  # at least 0.18
+    ({"min_p": 1.0}, [1]),
+    ({"top_k": 2, "top_p": 0.99, "min_p": 0.6}, [1, 3]),
+    ({"temperature": 0.0}, [1]),
+])
+def test_tokens_come_as_often_as_they_should(settings, kept):
+  expected = _expected(kept, settings.get("temperature") or 1.0)
+  shares = _draw(**settings)
+  assert not shares[expected == 0].any()
+  # Five standard deviations of a share of 4000 draws.
+  np.testing.assert_allclose(shares, expected, atol=5 * 0.5 / np.sqrt(DRAWS))
+
+
+def test_seeds_and_steps_draw_differently():
+  assert (_draw(seed=1) != _draw(seed=2)).any()
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+  """A greedy row beside drawn ones, and the same row in another place."""
+  logits = jnp.stack([LOGITS, LOGITS[::-1], LOGITS])
+  rows = SamplingArrays(
+      temperature=jnp.array([0.0, 1.0, 1.0]), top_k=jnp.zeros(3, jnp.int32), top_p=jnp.ones(3), min_p=jnp.zeros(3),
+      seed=jnp.array([3, 4, 5], jnp.uint32), step=jnp.array([0, 1, 2]))
+  tokens = _sample(logits, rows)
+  turned = _sample(logits[::-1], jax.tree.map(lambda x: x[::-1], rows))
+  assert tokens[0] == 1
+  assert tokens.tolist() == turned.tolist()[::-1]
