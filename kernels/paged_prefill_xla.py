@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-TILE_BLOCKS = 16
+from kvc_jax.kernels import tiles_xla
+
 CHUNK_TILE = 256
 
 
@@ -23,63 +24,45 @@ def paged_prefill(
 ) -> tuple[jax.Array, jax.Array]:
   """See `paged_prefill.paged_prefill`."""
   tokens, q_heads, head_dim = q.shape
-  heads = k.shape[1]
+  _, heads, _ = k.shape
   queries = q.reshape(tokens, heads, -1, head_dim).astype(jnp.float32) * scale
-  queries = queries.transpose(1, 2, 0, 3)  # [H, G, T, D]
-  start = (jnp.full(queries.shape[:3], -jnp.inf), jnp.zeros(queries.shape[:3]), jnp.zeros(queries.shape))
-  carry = _attend_prefix(start, queries, kv, tables[layer, slot], prefix_lengths)
+  queries = queries.transpose(1, 2, 0, 3).reshape(heads, -1, head_dim)  # [H, G*T, D]
+  carry = _attend_prefix(tiles_xla.start_softmax(queries), queries, kv, tables[layer, slot], prefix_lengths)
   top, total, acc = _attend_chunk(carry, queries, k, v, count)
-  out = (acc / total[..., None]).transpose(2, 0, 1, 3).reshape(q.shape)
-  log_sum = (top + jnp.log(total)).transpose(2, 0, 1).reshape(tokens, q_heads)
-  return out.astype(q.dtype), log_sum
+  out = (acc / total[..., None]).reshape(heads, -1, tokens, head_dim).transpose(2, 0, 1, 3)
+  log_sum = (top + jnp.log(total)).reshape(q_heads, tokens).T
+  return out.reshape(q.shape).astype(q.dtype), log_sum
 
 
-def _attend_prefix(carry, queries, kv, table, lengths):
-  """Every row sees the whole prefix; `table` [H, M], `lengths` [H]."""
-  heads = table.shape[0]
-  table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % TILE_BLOCKS)))
-  tile = TILE_BLOCKS * kv.shape[2]
+def _attend_prefix(carry, queries, kv, tables, lengths):
+  """Every row sees the whole prefix; `tables` [H, M], `lengths` [H]."""
+  block_size = kv.shape[2]
+  tables = tiles_xla.pad_to_tiles(tables)
 
   def body(step, carry):
-    blocks = lax.dynamic_slice_in_dim(table, step * TILE_BLOCKS, TILE_BLOCKS, axis=1)
-    held = step * tile + jnp.arange(tile, dtype=jnp.int32) < lengths[:, None]  # [H, tile]
-    rows = kv[blocks].swapaxes(1, 2).reshape(heads, 2, tile, -1).astype(jnp.float32)
-    rows = jnp.where(held[:, None, :, None], rows, 0.0)
-    return _online_softmax(carry, queries, rows[:, 0], rows[:, 1], held[:, None, None])
+    blocks, held = tiles_xla.tile_of(tables, lengths, step, block_size)
+    logits = tiles_xla.logits_of(queries, tiles_xla.gather(kv, blocks, held, 0), held[:, None])
+    return tiles_xla.online_softmax(carry, logits, tiles_xla.gather(kv, blocks, held, 1))
 
-  tiles = lax.div(jnp.max(lengths) + (tile - 1), jnp.int32(tile))
-  return lax.fori_loop(0, tiles, body, carry)
+  return lax.fori_loop(0, tiles_xla.count_tiles(lengths, block_size), body, carry)
 
 
 def _attend_chunk(carry, queries, k, v, count):
   """Row t sees rows 0..t of the chunk."""
-  tokens = k.shape[0]
+  tokens, _, _ = k.shape
   tile = min(CHUNK_TILE, tokens)
   spare = -tokens % tile
   keys, values = (
       jnp.pad(x.astype(jnp.float32), ((0, spare), (0, 0), (0, 0))).swapaxes(0, 1) for x in (k, v))
-  row = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+  rows = jnp.tile(jnp.arange(tokens, dtype=jnp.int32), queries.shape[1] // tokens)[:, None]  # [G*T, 1]
 
   def body(step, carry):
     column = step * tile + jnp.arange(tile, dtype=jnp.int32)
-    seen = column <= row  # [T, tile]; a padding row sees itself, so no row is empty
     key_tile = lax.dynamic_slice_in_dim(keys, step * tile, tile, axis=1)
     value_tile = lax.dynamic_slice_in_dim(values, step * tile, tile, axis=1)
-    return _online_softmax(carry, queries, key_tile, value_tile, seen)
+    # A padding row sees itself, so no row is empty.
+    return tiles_xla.online_softmax(carry, tiles_xla.logits_of(queries, key_tile, column <= rows), value_tile)
 
   # At least one tile: with nothing seen a padding row would be 0 / 0.
   tiles = lax.div(jnp.maximum(count, 1) + (tile - 1), jnp.int32(tile))
   return lax.fori_loop(0, tiles, body, carry)
-
-
-def _online_softmax(carry, queries, keys, values, seen):
-  """Adds a tile of keys and values [H, tile, D] to running (max, sum, output)."""
-  top, total, acc = carry
-  logits = jnp.einsum("hgtd,hsd->hgts", queries, keys, precision=lax.Precision.HIGHEST)
-  logits = jnp.where(seen, logits, -jnp.inf)
-  new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-  safe = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
-  weights = jnp.exp(logits - safe[..., None])
-  decay = jnp.exp(top - safe)
-  acc = acc * decay[..., None] + jnp.einsum("hgts,hsd->hgtd", weights, values, precision=lax.Precision.HIGHEST)
-  return new_top, total * decay + jnp.sum(weights, axis=-1), acc
