@@ -77,7 +77,6 @@ class LlamaConfig:
   attention_bias: bool = False
   mlp_bias: bool = False
   max_position_embeddings: int = 2048
-  bos_token_id: int | None = None
   eos_token_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
@@ -119,7 +118,6 @@ class LlamaConfig:
         attention_bias=not mistral and bool(hf.get("attention_bias", False)),
         mlp_bias=not mistral and bool(hf.get("mlp_bias", False)),
         max_position_embeddings=int(hf.get("max_position_embeddings", 2048)),
-        bos_token_id=hf.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
     )
 

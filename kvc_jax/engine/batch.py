@@ -80,8 +80,7 @@ class Batch:
     self.model = model
     self.config = config
     self.chunk_size = chunk_size
-    self.state = init_cache(config)
-    self._free_slots = list(range(config.num_slots - 1, -1, -1))
+    self._start_empty()
     # Sequences per eviction call: each costs temporaries of some bytes for every KV its tables could hold.
     longest = config.max_blocks_per_head * config.block_size
     self._evict_rows = max(1, min(config.num_slots, 4, _EVICT_TOKENS // longest))
@@ -90,6 +89,9 @@ class Batch:
     """Empties the cache, whatever state an exception may have left it in."""
     for array in jax.tree.leaves(self.state):
       array.delete()  # before the new pool is made: there may not be room for two
+    self._start_empty()
+
+  def _start_empty(self) -> None:
     self.state = init_cache(self.config)
     self._free_slots = list(range(self.config.num_slots - 1, -1, -1))
 

@@ -86,6 +86,7 @@ class LLM:
     self.config = _cache_config(
         self._model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes)
     self._batch = Batch(self._model, self.config, min(chunk_size, self.max_model_len))
+    self._eos_ids = self.tokenizer.eos_ids | frozenset(shape.eos_token_ids)
     self._seeds = np.random.SeedSequence(seed)
     self._busy = False
 
@@ -325,10 +326,6 @@ class LLM:
         index=sequence.index, prompt_token_ids=sequence.prompt, token_ids=sequence.token_ids,
         text=sequence.output.text, finish_reason=sequence.finish_reason,
         receipt=self._batch.receipt(sequence, positions=positions))
-
-  @property
-  def _eos_ids(self) -> frozenset[int]:
-    return self.tokenizer.eos_ids | frozenset(self._model.config.eos_token_ids)
 
 
 def _as_list(prompts: Prompt | Sequences[Prompt]) -> list[Prompt]:
