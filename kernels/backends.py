@@ -1,0 +1,155 @@
+"""Which implementation of an op runs: one table, an override, and XLA where nothing else fits.
+
+The choice is made while tracing, from the device that jit will compile for, the
+pool's dtype and the static shapes. `use` overrides it and is part of jit's cache
+key; the environment variable KVC_BACKEND does the same for a whole process.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+
+XLA = "xla"
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+  """What the choice depends on.
+
+  Attributes:
+    dtype: name of the pool's dtype.
+    query_dtype: name of the queries' dtype, which the output has too.
+    head_dim: D.
+    group: G, query heads per KV head.
+    block_size: P.
+  """
+
+  dtype: str
+  query_dtype: str
+  head_dim: int
+  group: int
+  block_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Support:
+  """What one backend of one op can run; checked on the device by the tests marked gpu.
+
+  Attributes:
+    backend: its name, the end of the module's file name.
+    capabilities: lowest and highest compute capability.
+    dtypes: of the pool.
+    head_dims: D.
+    block_sizes: P.
+    max_group: largest G.
+  """
+
+  backend: str
+  capabilities: tuple[tuple[int, int], tuple[int, int]]
+  dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
+  head_dims: frozenset[int] = frozenset({64, 96, 128, 256})
+  block_sizes: frozenset[int] = frozenset({8, 16, 32, 64})
+  max_group: int = 16
+
+  def lacks(self, capability: tuple[int, int], shape: Shape) -> str | None:
+    """Why this backend cannot run it; None where it can."""
+    low, high = self.capabilities
+    if not low <= capability <= high:
+      return f"compute capability {capability[0]}.{capability[1]}"
+    if shape.dtype not in self.dtypes:
+      return f"dtype {shape.dtype}"
+    if shape.head_dim not in self.head_dims:
+      return f"head_dim {shape.head_dim}"
+    if shape.block_size not in self.block_sizes:
+      return f"block_size {shape.block_size}"
+    if shape.group > self.max_group:
+      return f"{shape.group} query heads per KV head"
+    return None
+
+
+_AMPERE, _HOPPER, _NEWEST = (8, 0), (9, 0), (99, 0)
+
+TABLE: dict[str, tuple[Support, ...]] = {}
+"""Op -> its backends, the preferred one first. XLA stands behind them all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Override:
+  backend: str
+  capability: tuple[int, int] | None
+
+
+_override = jax.make_user_context(default_value=None)
+
+
+@contextmanager
+def use(backend: str, capability: tuple[int, int] | None = None) -> Iterator[None]:
+  """Within it every op takes `backend` where it has it, else XLA.
+
+  Args:
+    backend: "auto", "xla", or a backend's name.
+    capability: compute capability to choose for, instead of the device's; for
+      compiling ahead of time without the device.
+  """
+  with _override(_Override(backend, capability)):
+    yield
+
+
+def choose(op: str, shape: Shape) -> str:
+  """The backend that `op` takes for `shape` on the device that jit compiles for."""
+  override = _override.value
+  wanted = override.backend if override else os.environ.get("KVC_BACKEND", "auto")
+  if wanted == XLA:
+    return XLA
+  known = {XLA, "auto"} | {support.backend for entries in TABLE.values() for support in entries}
+  if wanted not in known:
+    raise ValueError(f"KVC_BACKEND or backends.use names {wanted!r}; known: {', '.join(sorted(known))}")
+  capability = (override and override.capability) or device_capability()
+  if capability is None:
+    return XLA
+  return _choose(op, shape, wanted, capability)
+
+
+@functools.cache  # so that a refusal is logged once
+def _choose(op: str, shape: Shape, wanted: str, capability: tuple[int, int]) -> str:
+  reasons = []
+  for support in TABLE.get(op, ()):
+    if wanted not in ("auto", support.backend):
+      continue
+    lacking = support.lacks(capability, shape)
+    if lacking is None:
+      return support.backend
+    reasons.append(f"{support.backend} does not take {lacking}")
+  if reasons:
+    _log.warning("%s runs on XLA, which is slower: %s", op, "; ".join(reasons))
+  return XLA
+
+
+def device_capability() -> tuple[int, int] | None:
+  """Compute capability of the NVIDIA GPU that jit compiles for; None where it is no such GPU."""
+  device = jax.config.jax_default_device
+  if device is None or isinstance(device, str):
+    device = jax.devices(device)[0]
+  text = getattr(device, "compute_capability", None)
+  if device.platform != "gpu" or not isinstance(text, str):
+    return None
+  try:
+    major, minor = text.split(".")
+    return int(major), int(minor)
+  except ValueError:  # an AMD GPU's is a name
+    return None
+
+
+def shape_of(kv: jax.Array, group: int, query_dtype: jax.typing.DTypeLike | None = None) -> Shape:
+  """The `Shape` of a pool [N, 2, P, D] and G."""
+  _, _, block_size, head_dim = kv.shape
+  return Shape(
+      dtype=kv.dtype.name, query_dtype=jnp.dtype(kv.dtype if query_dtype is None else query_dtype).name,
+      head_dim=head_dim, group=group, block_size=block_size)
