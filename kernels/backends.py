@@ -76,7 +76,9 @@ class Support:
 
 _AMPERE, _HOPPER, _NEWEST = (8, 0), (9, 0), (99, 0)
 
-TABLE: dict[str, tuple[Support, ...]] = {}
+TABLE: dict[str, tuple[Support, ...]] = {
+    "paged_decode": (Support(backend="triton", capabilities=(_AMPERE, _NEWEST)),),
+}
 """Op -> its backends, the preferred one first. XLA stands behind them all."""
 
 
@@ -132,11 +134,14 @@ def _choose(op: str, shape: Shape, wanted: str, capability: tuple[int, int]) -> 
   return XLA
 
 
+def _device() -> jax.Device:
+  device = jax.config.jax_default_device
+  return device if isinstance(device, jax.Device) else jax.devices(device)[0]
+
+
 def device_capability() -> tuple[int, int] | None:
   """Compute capability of the NVIDIA GPU that jit compiles for; None where it is no such GPU."""
-  device = jax.config.jax_default_device
-  if device is None or isinstance(device, str):
-    device = jax.devices(device)[0]
+  device = _device()
   text = getattr(device, "compute_capability", None)
   if device.platform != "gpu" or not isinstance(text, str):
     return None
@@ -145,6 +150,17 @@ def device_capability() -> tuple[int, int] | None:
     return int(major), int(minor)
   except ValueError:  # an AMD GPU's is a name
     return None
+
+
+_CORES = {(8, 0): 108, (8, 6): 84, (8, 9): 58, (9, 0): 132, (10, 0): 148}
+
+
+def num_cores() -> int:
+  """Multiprocessors of the GPU that jit compiles for; of a usual one where it is not there."""
+  override = _override.value
+  if override and override.capability:
+    return _CORES.get(override.capability, 132)
+  return getattr(_device(), "core_count", 132)
 
 
 def shape_of(kv: jax.Array, group: int, query_dtype: jax.typing.DTypeLike | None = None) -> Shape:

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from kvc_jax.kernels import paged_decode_xla
+from kvc_jax.kernels import backends, paged_decode_triton, paged_decode_xla
 
 
 def paged_decode(
@@ -34,7 +34,7 @@ def paged_decode(
     layer: i32 [] which layer's tables to use.
     scores: f32 [N, P], or None for no score output.
     positions: i32 [N, P] token positions of the KVs; needed with `scores`.
-    query_positions: i32 [S]; needed with `scores`.
+    query_positions: i32 [S], no KV of the sequence is newer; needed with `scores`.
     scale: factor on q k^T.
     power: 1 or 2.
     buffer: newest tokens that a query does not count for.
@@ -49,6 +49,8 @@ def paged_decode(
     raise ValueError(f"paged_decode: q {q.shape} fits neither {tables.shape[2]} KV heads nor pool {kv.shape}")
   if scores is not None and (positions is None or query_positions is None):
     raise ValueError("paged_decode: scores need positions and query_positions")
-  return paged_decode_xla.paged_decode(
+  backend = backends.choose("paged_decode", backends.shape_of(kv, q_heads // tables.shape[2], q.dtype))
+  run = {"triton": paged_decode_triton.paged_decode}.get(backend, paged_decode_xla.paged_decode)
+  return run(
       q, kv, tables, lengths, layer, scores, positions, query_positions,
       scale=scale, power=power, buffer=buffer)

@@ -3,86 +3,61 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
+from decode_problems import (
+    MUTATIONS,
+    expected_output,
+    expected_scores,
+    make_problem,
+    mutate,
+    output_error,
+    score_error,
+)
 
 from kvc_jax.kernels.compact_kv import compact_kv
 from kvc_jax.kernels.compact_kv_xla import MOVES_PER_STEP
 from kvc_jax.kernels.kv_write import kv_write
 from kvc_jax.kernels.paged_decode import paged_decode
 
-SEQS, LAYERS = 3, 2
-
-
-def _problem(seed, *, group=2, heads=2, head_dim=8, block_size=4, max_blocks=37, dtype=jnp.float32):
-  """Ragged lengths 0..M*P, block ids at random, NaN in every KV slot that is not held."""
-  rng = np.random.default_rng(seed)
-  lengths = rng.integers(0, max_blocks * block_size + 1, (LAYERS, SEQS, heads)).astype(np.int32)
-  lengths[0, 0, 0], lengths[0, 0, 1], lengths[0, 1, 0] = 0, 1, max_blocks * block_size
-  num_blocks = LAYERS * SEQS * heads * max_blocks + 1
-  ids = list(rng.permutation(np.arange(1, num_blocks)))
-  tables = np.zeros((*lengths.shape, max_blocks), np.int32)
-  kv = np.full((num_blocks, 2, block_size, head_dim), np.nan, np.float32)
-  for at in np.ndindex(lengths.shape):
-    for m in range(-(-lengths[at] // block_size)):
-      tables[at][m] = ids.pop()
-      filled = min(block_size, lengths[at] - m * block_size)
-      kv[tables[at][m], :, :filled] = rng.normal(size=(2, filled, head_dim))
-  q = rng.normal(size=(SEQS, heads * group, head_dim))
-  return jnp.asarray(q, dtype), jnp.asarray(kv, dtype), jnp.asarray(tables), jnp.asarray(lengths)
-
-
-def _expected(q, kv, tables, lengths, layer, scale):
-  q, kv = np.asarray(q, np.float64), np.asarray(kv, np.float64)
-  out = []
-  for seq in range(SEQS):
-    lists = []
-    for which in (0, 1):
-      rows = [kv[np.asarray(tables)[layer, seq, h], which].reshape(-1, q.shape[-1]) for h in range(lengths.shape[2])]
-      lists.append([r[:n] for r, n in zip(rows, np.asarray(lengths)[layer, seq], strict=True)])
-    out.append(oracles.attention_ragged(q[seq], *lists, scale))
-  return np.array(out)
+_decode = jax.jit(paged_decode, static_argnames=("scale", "power", "buffer"))
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2), (jnp.float16, 2e-3)])
 def test_equals_dense_attention(layer, dtype, tolerance):
-  problem = _problem(layer, dtype=dtype)
-  out, scores = jax.jit(paged_decode, static_argnames="scale")(*problem, jnp.int32(layer), scale=0.5)
+  problem = make_problem(layer, dtype=dtype)
+  out, scores = _decode(*problem.attention, jnp.int32(layer), scale=0.5)
   assert scores is None
   assert out.dtype == dtype
-  np.testing.assert_allclose(
-      np.asarray(out, np.float64), _expected(*problem, layer, 0.5), atol=tolerance, rtol=tolerance)
+  assert output_error(out, expected_output(problem, layer, 0.5)) < tolerance
+
+
+@pytest.mark.parametrize(("power", "buffer"), [(2, 0), (1, 60)])
+def test_scores(power, buffer):
+  problem = make_problem(9)
+  _, scores = _decode(*problem.attention, jnp.int32(1), *problem.scoring, scale=0.5, power=power, buffer=buffer)
+  assert score_error(problem, scores, expected_scores(problem, 1, 0.5, power, buffer)) < 1e-5
 
 
 @pytest.mark.parametrize(("group", "head_dim", "block_size"), [(1, 64, 16), (4, 80, 8), (16, 10, 1)])
 def test_shapes(group, head_dim, block_size):
-  problem = _problem(3, group=group, head_dim=head_dim, block_size=block_size, max_blocks=20)
-  out, _ = paged_decode(*problem, jnp.int32(0), scale=0.1)
-  np.testing.assert_allclose(out, _expected(*problem, 0, 0.1), atol=3e-6)
+  problem = make_problem(3, group=group, head_dim=head_dim, block_size=block_size, max_blocks=20)
+  out, _ = _decode(*problem.attention, jnp.int32(0), scale=0.1)
+  assert output_error(out, expected_output(problem, 0, 0.1)) < 3e-6
 
 
-@pytest.mark.parametrize("mutation", ["zeroed V", "swapped heads", "shifted lengths", "other layer", "other scale"])
+@pytest.mark.parametrize("mutation", [*MUTATIONS, "other layer", "other scale"])
 def test_tolerance_catches(mutation):
-  q, kv, tables, lengths = _problem(5, dtype=jnp.bfloat16)
-  expected = _expected(q, kv, tables, lengths, 0, 0.5)
-  layer, scale = 0, 0.5
-  if mutation == "zeroed V":
-    kv = kv.at[:, 1].set(0)
-  elif mutation == "swapped heads":
-    tables, lengths = tables[:, :, ::-1], lengths[:, :, ::-1]
-  elif mutation == "shifted lengths":
-    lengths = jnp.maximum(lengths - 1, 0)
-  elif mutation == "other layer":
-    layer = 1
-  else:
-    scale = 0.6
-  out, _ = paged_decode(q, kv, tables, lengths, jnp.int32(layer), scale=scale)
-  assert np.abs(np.asarray(out, np.float64) - expected).max() > 2 * 2e-2 * (1 + np.abs(expected).max())
+  problem = make_problem(5, dtype=jnp.bfloat16)
+  expected = expected_output(problem, 0, 0.5)
+  mutated = mutate(problem, mutation) if mutation in MUTATIONS else problem
+  out, _ = _decode(
+      *mutated.attention, jnp.int32(mutation == "other layer"), scale=0.6 if mutation == "other scale" else 0.5)
+  assert output_error(out, expected) > 2 * 1e-2
 
 
 def test_mismatched_shapes_are_refused():
-  q, kv, tables, lengths = _problem(6, max_blocks=2)
+  q, kv, tables, lengths = make_problem(6, max_blocks=2).attention
   layer = jnp.int32(0)
   with pytest.raises(ValueError, match="do not match"):
     paged_decode(q[:2], kv, tables, lengths, layer, scale=1.0)

@@ -1,0 +1,88 @@
+"""Equal shares of ragged work: how the decode kernels split tiles of KVs over CTAs.
+
+A pair is one (sequence, KV head); its KVs are read in tiles of `tile`. The tiles
+of all pairs stand in one row and CTA c takes the c-th equal share of it, so the
+load is balanced however ragged the heads are (stream-K, arXiv 2301.03598).
+
+    pair        0 0 0 0 1 2 2 2 2 2          pair 1 has one tile
+    CTA         0 0 0 0 1 1 1 1 2 2          share 4
+
+What CTA c finds for pair p goes to slot c + p. Both grow along the row, so a slot
+is written at most once, the slots of a pair are neighbours, and ctas + pairs
+slots are enough: no list of partial results is needed.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+_CTA_FIELDS = 4
+
+
+def row_size(pairs: int, ctas: int) -> int:
+  """Numbers that `schedule` gives for one layer."""
+  return _CTA_FIELDS * ctas + pairs + 2
+
+
+def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: int) -> Int[Array, " packed"]:
+  """Plans every layer at once: i32 [L * row_size], to be read through `Row`.
+
+  One packed array, because XLA copies every slice that feeds a kernel. It depends
+  on the lengths alone, so XLA computes it once, outside a scan over layers.
+  """
+  layers, seqs, heads = lengths.shape
+  tiles = (lengths.reshape(layers, seqs * heads) + (tile - 1)) // tile
+  ends = jnp.cumsum(tiles, axis=1, dtype=jnp.int32)
+  starts = ends - tiles
+  total = ends[:, -1:]
+  share = jnp.maximum((total + (ctas - 1)) // ctas, 1)
+  low = jnp.minimum(jnp.arange(ctas, dtype=jnp.int32) * share, total)  # [L, ctas]
+  high = jnp.minimum(low + share, total)
+  first = jnp.sum(ends[:, None] <= low[..., None], axis=2, dtype=jnp.int32)
+  stop = jnp.sum(starts[:, None] < high[..., None], axis=2, dtype=jnp.int32)
+  # A CTA without work walks no pair.
+  records = jnp.stack([jnp.where(low < high, first, stop), stop, low, high], axis=2)
+  return jnp.concatenate(
+      [records.reshape(layers, -1), jnp.zeros_like(total), ends, share], axis=1).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One layer's plan as a kernel reads it.
+
+  Attributes:
+    ref: the packed array.
+    layer: i32 [].
+    pairs: S*H.
+    ctas: as given to `schedule`.
+  """
+
+  ref: Any
+  layer: Any
+  pairs: int
+  ctas: int
+
+  def _at(self, index: Any) -> Any:
+    return self.ref[self.layer * row_size(self.pairs, self.ctas) + index]
+
+  def cta(self, c: Any) -> tuple[Any, Any, Any, Any]:
+    """First pair, one past the last pair, first tile, one past the last tile of CTA c."""
+    first, stop, low, high = (self._at(_CTA_FIELDS * c + i) for i in range(_CTA_FIELDS))
+    return first, stop, low, high
+
+  def start(self, pair: Any) -> Any:
+    """First tile of a pair; of `pairs`: the number of tiles."""
+    return self._at(_CTA_FIELDS * self.ctas + pair)
+
+  def share(self) -> Any:
+    """Tiles of each CTA, the last ones aside."""
+    return self._at(_CTA_FIELDS * self.ctas + self.pairs + 1)
+
+  def ctas_of(self, pair: Any) -> tuple[Any, Any]:
+    """First CTA that works on a pair, and one past the last; equal for an empty pair."""
+    start, stop, share = self.start(pair), self.start(pair + 1), self.share()
+    first = jax.lax.div(start, share)
+    return first, jnp.where(stop > start, jax.lax.div(stop - 1, share) + 1, first)

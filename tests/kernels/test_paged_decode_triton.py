@@ -1,0 +1,153 @@
+"""The Pallas-Triton decode kernel: interpreted on the CPU, and on a GPU where there is one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_problems import (
+    MUTATIONS,
+    expected_output,
+    expected_scores,
+    make_problem,
+    mutate,
+    output_error,
+    score_error,
+)
+
+from kvc_jax.kernels import backends, paged_decode_triton, stream_k
+from kvc_jax.kernels.paged_decode import paged_decode
+
+SCALE = 0.2
+SMALL = paged_decode_triton.Config(tile=16, num_stages=2, ctas=5, score_span=32, score_ctas=3)
+
+
+def _interpret(problem, layer, *scoring, **options):
+  return paged_decode_triton.paged_decode(
+      *problem.attention, jnp.int32(layer), *scoring, scale=SCALE, config=SMALL, interpret=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "block_size", "dtype", "tolerance"),
+    [(4, 64, 16, jnp.float32, 2e-6), (1, 128, 8, jnp.bfloat16, 1e-2), (3, 96, 32, jnp.float16, 2e-3)])
+def test_equals_dense_attention(group, head_dim, block_size, dtype, tolerance):
+  problem = make_problem(
+      group, group=group, head_dim=head_dim, block_size=block_size, max_blocks=96 // block_size, dtype=dtype)
+  out, scores = _interpret(problem, 1)
+  assert scores is None
+  assert out.dtype == dtype
+  assert output_error(out, expected_output(problem, 1, SCALE)) < tolerance
+
+
+@pytest.mark.parametrize(("power", "buffer", "group"), [(2, 0, 2), (1, 60, 3)])
+def test_scores(power, buffer, group):
+  problem = make_problem(group, group=group, head_dim=64, block_size=8, max_blocks=10)
+  _, scores = _interpret(problem, 0, *problem.scoring, power=power, buffer=buffer)
+  assert score_error(problem, scores, expected_scores(problem, 0, SCALE, power, buffer)) < 1e-5
+
+
+@pytest.mark.parametrize("ctas", [1, 2, 7, 40])
+def test_the_plan_covers_each_tile_once(ctas):
+  rng = np.random.default_rng(ctas)
+  lengths = rng.integers(0, 60, (3, 4, 2)) * rng.integers(0, 2, (3, 4, 2))
+  packed = np.asarray(stream_k.schedule(jnp.asarray(lengths, jnp.int32), tile=8, ctas=ctas))
+  for layer in range(3):
+    row, slots = stream_k.Row(packed, layer, 8, ctas), []
+    workers: dict[int, list[int]] = {}
+    for cta in range(ctas):
+      first, stop, low, high = row.cta(cta)
+      for pair in range(first, stop):
+        tiles = range(max(low, row.start(pair)), min(high, row.start(pair + 1)))
+        if tiles:
+          slots.append(cta + pair)
+          workers.setdefault(pair, []).append(cta)
+      assert high - low <= row.share()
+    tiles = -(-lengths[layer].reshape(-1) // 8)
+    assert row.start(8) == tiles.sum()
+    assert len(slots) == len(set(slots))
+    for pair in range(8):
+      assert list(range(*map(int, row.ctas_of(pair)))) == workers.get(pair, []), pair
+
+
+# ------------------------------------------------------------------------------------ on a GPU
+
+GPU_SHAPES = [
+    # group, head_dim, block_size, dtype
+    (4, 128, 16, jnp.bfloat16),
+    (1, 128, 16, jnp.bfloat16),
+    (8, 128, 32, jnp.bfloat16),
+    (16, 64, 8, jnp.bfloat16),
+    (3, 64, 64, jnp.float16),
+    (6, 128, 16, jnp.float16),
+    (2, 256, 16, jnp.bfloat16),
+    (4, 256, 64, jnp.float16),
+    (4, 96, 16, jnp.bfloat16),
+    (4, 128, 16, jnp.float32),
+    (2, 64, 8, jnp.float32),
+]
+TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+SCORE_TOLERANCES = {"bfloat16": 2e-2, "float16": 1e-2, "float32": 1e-4}
+_decode = jax.jit(paged_decode, static_argnames=("scale", "power", "buffer"))
+
+
+def _gpu_problem(group, head_dim, block_size, dtype, seed=0):
+  return make_problem(
+      seed, group=group, head_dim=head_dim, block_size=block_size, max_blocks=720 // block_size, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "mosaic"])
+@pytest.mark.parametrize(("group", "head_dim", "block_size", "dtype"), GPU_SHAPES)
+def test_on_the_gpu(backend, group, head_dim, block_size, dtype):
+  problem = _gpu_problem(group, head_dim, block_size, dtype)
+  name = jnp.dtype(dtype).name
+  with backends.use(backend):
+    if backends.choose("paged_decode", backends.shape_of(problem.kv, group, dtype)) != backend:
+      pytest.skip(f"{backend} does not take this shape here")
+    for layer in range(2):
+      out, none = _decode(*problem.attention, jnp.int32(layer), scale=SCALE)
+      assert none is None
+      assert output_error(out, expected_output(problem, layer, SCALE)) < TOLERANCES[name]
+    for power, buffer in ((2, 0), (1, 60)):
+      out, scores = _decode(*problem.attention, jnp.int32(1), *problem.scoring, scale=SCALE, power=power, buffer=buffer)
+      assert output_error(out, expected_output(problem, 1, SCALE)) < TOLERANCES[name]
+      expected = expected_scores(problem, 1, SCALE, power, buffer)
+      assert score_error(problem, scores, expected) < SCORE_TOLERANCES[name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "mosaic"])
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_tolerance_catches(backend, mutation):
+  problem = _gpu_problem(4, 128, 16, jnp.bfloat16)
+  with backends.use(backend):
+    out, scores = _decode(*mutate(problem, mutation).attention, jnp.int32(0), *problem.scoring, scale=SCALE)
+  assert output_error(out, expected_output(problem, 0, SCALE)) > 2 * TOLERANCES["bfloat16"]
+  if mutation != "zeroed V":
+    expected = expected_scores(problem, 0, SCALE, 2, 0)
+    error = np.abs(np.nan_to_num(np.asarray(scores) - expected)[1:])
+    assert error.max() > 2 * SCORE_TOLERANCES["bfloat16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "mosaic"])
+def test_pool_over_4_gib(backend):
+  problem = make_problem(3, group=4, head_dim=128, block_size=16, max_blocks=20, dtype=jnp.bfloat16, unused=0)
+  _, _, block_size, head_dim = problem.kv.shape
+  shift = (9 << 29) // (2 * block_size * head_dim * 2)
+  kv = jnp.concatenate([jnp.zeros((shift, *problem.kv.shape[1:]), jnp.bfloat16), problem.kv])
+  assert kv.nbytes > 4 << 30
+  scores, positions = (jnp.pad(x, ((shift, 0), (0, 0))) for x in (problem.scores, problem.positions))
+  tables = jnp.where(problem.tables > 0, problem.tables + shift, 0)
+  with backends.use(backend):
+    out, scores = _decode(
+        problem.q, kv, tables, problem.lengths, jnp.int32(1), scores, positions, problem.query_positions, scale=SCALE)
+    small, small_scores = _decode(*problem.attention, jnp.int32(1), *problem.scoring, scale=SCALE)
+  np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(small, np.float32))
+  np.testing.assert_array_equal(scores[shift + 1 :], small_scores[1:])
+
+
+@pytest.mark.gpu
+def test_an_unknown_shape_runs_on_xla():
+  problem = make_problem(4, group=2, head_dim=40, block_size=4)
+  out, _ = _decode(*problem.attention, jnp.int32(0), scale=SCALE)
+  assert output_error(out, expected_output(problem, 0, SCALE)) < 2e-3  # TF32 or better
