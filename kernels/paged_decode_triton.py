@@ -36,7 +36,7 @@ class Config:
     tile: KVs per step, a power of two.
     num_warps: of the first kernel.
     num_stages: Triton's; loads behind the table's load keep (num_stages - 1) // 2 tiles in flight.
-    ctas: CTAs of the first kernel.
+    waves: CTAs of the first kernel and their part of the work; see stream_k.schedule.
     score_span: KVs per step of the score update, a multiple of `tile`.
     score_ctas: CTAs of the score update.
   """
@@ -44,9 +44,13 @@ class Config:
   tile: int
   num_warps: int = 4
   num_stages: int
-  ctas: int
+  waves: tuple[tuple[int, float], ...]
   score_span: int = 256
   score_ctas: int
+
+  @property
+  def ctas(self) -> int:
+    return sum(ctas for ctas, _ in self.waves)
 
 
 def default_config(kv: jax.ShapeDtypeStruct | jax.Array) -> Config:
@@ -54,7 +58,7 @@ def default_config(kv: jax.ShapeDtypeStruct | jax.Array) -> Config:
   row_bytes = kv.shape[-1] * kv.dtype.itemsize
   cores = backends.num_cores()
   tile = max(16, min(64, 16384 // row_bytes))
-  return Config(tile=tile, num_stages=5, ctas=3 * cores, score_span=4 * tile, score_ctas=8 * cores)
+  return Config(tile=tile, num_stages=5, waves=((3 * cores, 1.0),), score_span=4 * tile, score_ctas=8 * cores)
 
 
 def paged_decode(
@@ -76,12 +80,12 @@ def paged_decode(
   """See `paged_decode.paged_decode`; `interpret` runs on the CPU, for tests."""
   config = config or default_config(kv)
   plan = _Plan.of(q, kv, tables, config, scale, power, buffer)
-  packed = stream_k.schedule(lengths, tile=config.tile, ctas=config.ctas)
+  packed = stream_k.schedule(lengths, tile=config.tile, waves=config.waves)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   partials = _attend(plan, q, kv, walk, with_weights=scores is not None, interpret=interpret)
   if scores is None:
     return _merge(plan, partials, walk, q, interpret=interpret), None
-  score_plan = stream_k.schedule(lengths, tile=config.tile, ctas=config.score_ctas)
+  score_plan = stream_k.schedule(lengths, tile=config.tile, waves=((config.score_ctas, 1.0),))
   seen = (positions.reshape(-1), query_positions) if buffer else ()
   return _merge_and_score(plan, partials, (*walk, score_plan), q, scores, seen, interpret=interpret)
 

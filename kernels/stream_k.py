@@ -13,40 +13,66 @@ slots are enough: no list of partial results is needed.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 _CTA_FIELDS = 4
+_PAIR_FIELDS = 2
 
 
 def row_size(pairs: int, ctas: int) -> int:
   """Numbers that `schedule` gives for one layer."""
-  return _CTA_FIELDS * ctas + pairs + 2
+  return _CTA_FIELDS * ctas + _PAIR_FIELDS * pairs + pairs + 1
 
 
-def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: int) -> Int[Array, " packed"]:
+def schedule(
+    lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, waves: Sequence[tuple[int, float]]
+) -> Int[Array, " packed"]:
   """Plans every layer at once: i32 [L * row_size], to be read through `Row`.
 
   One packed array, because XLA copies every slice that feeds a kernel. It depends
   on the lengths alone, so XLA computes it once, outside a scan over layers.
+
+  Args:
+    lengths: i32 [L, S, H] KVs of each head.
+    tile: KVs per tile.
+    waves: (CTAs, part of the work) of each wave; the last takes what is left. A GPU
+      starts CTAs in order and its multiprocessors are not equally near to memory:
+      a first wave that fills the machine with most of the work, and smaller shares
+      behind it for those that are done first, lets all end together.
   """
   layers, seqs, heads = lengths.shape
   tiles = (lengths.reshape(layers, seqs * heads) + (tile - 1)) // tile
   ends = jnp.cumsum(tiles, axis=1, dtype=jnp.int32)
   starts = ends - tiles
   total = ends[:, -1:]
-  share = jnp.maximum((total + (ctas - 1)) // ctas, 1)
-  low = jnp.minimum(jnp.arange(ctas, dtype=jnp.int32) * share, total)  # [L, ctas]
-  high = jnp.minimum(low + share, total)
-  first = jnp.sum(ends[:, None] <= low[..., None], axis=2, dtype=jnp.int32)
-  stop = jnp.sum(starts[:, None] < high[..., None], axis=2, dtype=jnp.int32)
+  low, high = _shares(total, waves)  # [L, ctas]
+  first_pair = jnp.sum(ends[:, None] <= low[..., None], axis=2, dtype=jnp.int32)
+  stop_pair = jnp.sum(starts[:, None] < high[..., None], axis=2, dtype=jnp.int32)
   # A CTA without work walks no pair.
-  records = jnp.stack([jnp.where(low < high, first, stop), stop, low, high], axis=2)
+  records = jnp.stack([jnp.where(low < high, first_pair, stop_pair), stop_pair, low, high], axis=2)
+  first_cta = jnp.sum(high[:, None] <= starts[..., None], axis=2, dtype=jnp.int32)
+  stop_cta = jnp.sum(low[:, None] < ends[..., None], axis=2, dtype=jnp.int32)
+  workers = jnp.stack([first_cta, jnp.where(tiles > 0, stop_cta, first_cta)], axis=2)
   return jnp.concatenate(
-      [records.reshape(layers, -1), jnp.zeros_like(total), ends, share], axis=1).reshape(-1)
+      [records.reshape(layers, -1), workers.reshape(layers, -1), jnp.zeros_like(total), ends], axis=1).reshape(-1)
+
+
+def _shares(total: Array, waves: Sequence[tuple[int, float]]) -> tuple[Array, Array]:
+  """First tile of each CTA, and one past its last, i32 [L, ctas]; total [L, 1]."""
+  bounds, done = [], jnp.zeros_like(total)
+  for wave, (ctas, part) in enumerate(waves):
+    left = total - done
+    work = left if wave == len(waves) - 1 else jnp.minimum((total * part).astype(jnp.int32), left)
+    share = (work + (ctas - 1)) // ctas
+    low = jnp.minimum(done + jnp.arange(ctas, dtype=jnp.int32) * share, total)
+    bounds.append((low, jnp.minimum(low + share, total)))
+    done = jnp.minimum(done + ctas * share, total)
+  low, high = (jnp.concatenate(side, axis=1) for side in zip(*bounds, strict=True))
+  return low, high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +83,7 @@ class Row:
     ref: the packed array.
     layer: i32 [].
     pairs: S*H.
-    ctas: as given to `schedule`.
+    ctas: of all waves.
   """
 
   ref: Any
@@ -73,16 +99,11 @@ class Row:
     first, stop, low, high = (self._at(_CTA_FIELDS * c + i) for i in range(_CTA_FIELDS))
     return first, stop, low, high
 
-  def start(self, pair: Any) -> Any:
-    """First tile of a pair; of `pairs`: the number of tiles."""
-    return self._at(_CTA_FIELDS * self.ctas + pair)
-
-  def share(self) -> Any:
-    """Tiles of each CTA, the last ones aside."""
-    return self._at(_CTA_FIELDS * self.ctas + self.pairs + 1)
-
   def ctas_of(self, pair: Any) -> tuple[Any, Any]:
     """First CTA that works on a pair, and one past the last; equal for an empty pair."""
-    start, stop, share = self.start(pair), self.start(pair + 1), self.share()
-    first = jax.lax.div(start, share)
-    return first, jnp.where(stop > start, jax.lax.div(stop - 1, share) + 1, first)
+    at = _CTA_FIELDS * self.ctas + _PAIR_FIELDS * pair
+    return self._at(at), self._at(at + 1)
+
+  def start(self, pair: Any) -> Any:
+    """First tile of a pair; of `pairs`: the number of tiles."""
+    return self._at(_CTA_FIELDS * self.ctas + _PAIR_FIELDS * self.pairs + pair)

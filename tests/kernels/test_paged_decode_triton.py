@@ -18,7 +18,7 @@ from kvc_jax.kernels import backends, paged_decode_triton, stream_k
 from kvc_jax.kernels.paged_decode import paged_decode
 
 SCALE = 0.2
-SMALL = paged_decode_triton.Config(tile=16, num_stages=2, ctas=5, score_span=32, score_ctas=3)
+SMALL = paged_decode_triton.Config(tile=16, num_stages=2, waves=((3, 0.7), (4, 0.3)), score_span=32, score_ctas=3)
 
 
 def _interpret(problem, layer, *scoring, **options):
@@ -45,11 +45,12 @@ def test_scores(power, buffer, group):
   assert score_error(problem, scores, expected_scores(problem, 0, SCALE, power, buffer)) < 1e-5
 
 
-@pytest.mark.parametrize("ctas", [1, 2, 7, 40])
-def test_the_plan_covers_each_tile_once(ctas):
+@pytest.mark.parametrize("waves", [((1, 1.0),), ((7, 1.0),), ((3, 0.6), (2, 0.4)), ((40, 0.8), (20, 0.15), (20, 0.05))])
+def test_the_plan_covers_each_tile_once(waves):
+  ctas = sum(n for n, _ in waves)
   rng = np.random.default_rng(ctas)
   lengths = rng.integers(0, 60, (3, 4, 2)) * rng.integers(0, 2, (3, 4, 2))
-  packed = np.asarray(stream_k.schedule(jnp.asarray(lengths, jnp.int32), tile=8, ctas=ctas))
+  packed = np.asarray(stream_k.schedule(jnp.asarray(lengths, jnp.int32), tile=8, waves=waves))
   for layer in range(3):
     row, slots = stream_k.Row(packed, layer, 8, ctas), []
     workers: dict[int, list[int]] = {}
@@ -60,7 +61,6 @@ def test_the_plan_covers_each_tile_once(ctas):
         if tiles:
           slots.append(cta + pair)
           workers.setdefault(pair, []).append(cta)
-      assert high - low <= row.share()
     tiles = -(-lengths[layer].reshape(-1) // 8)
     assert row.start(8) == tiles.sum()
     assert len(slots) == len(set(slots))
