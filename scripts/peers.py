@@ -1,0 +1,213 @@
+"""Paged decode attention of others, timed on the shapes of bench_common; run in a process of its own.
+
+    python scripts/peers.py flashinfer uniform-4k 8-sequences-8k
+
+prints one JSON line per shape and variant. `measure` starts that process and reads
+it, so that torch and JAX never share one. FlashInfer wants flashinfer-python and
+apache-tvm-ffi beside a CUDA build of torch, ninja and nvcc; CUDA_HOME is found
+from nvcc where it is not set.
+
+No peer can hold a different number of KVs in each head, so they run the uniform
+shapes and those ragged by sequence.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from bench_common import DECODE_SHAPES, DecodeShape
+
+_POOL_BYTES = 3 << 30  # at least; many times the L2 cache, so that no call finds its KVs there
+_ROUNDS, _REPEATS = 5, 20
+
+
+def measure(peer: str, shapes: Sequence[str], dtype: str = "bfloat16", limit: float = 300) -> list[dict[str, Any]]:
+  """Runs one peer in a process of its own.
+
+  Args:
+    peer: a key of PEERS.
+    shapes: names in DECODE_SHAPES.
+    dtype: of queries, keys and values.
+    limit: seconds that the process may take.
+
+  Returns:
+    Rows with shape, peer, variant, us (median), us_least, us_most, and kv_bytes of
+    one call; or shape, peer and error where it failed.
+  """
+  command = [sys.executable, str(pathlib.Path(__file__)), peer, *shapes, "--dtype", dtype]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    output, error = done.stdout, done.stderr
+  except subprocess.TimeoutExpired as e:
+    output, error = (e.stdout or b"").decode(), f"ran past {limit} s"
+  rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+  missing = [name for name in shapes if name not in {row["shape"] for row in rows}]
+  reason = (error.strip().splitlines() or ["no output"])[-1]
+  return rows + [{"shape": name, "peer": peer, "error": reason} for name in missing]
+
+
+def _num_layers(shape: DecodeShape, itemsize: int) -> int:
+  """Layers whose pools are read in turn."""
+  one = int(shape.lengths(1).sum()) * 2 * shape.head_dim * itemsize
+  return max(2, -(-_POOL_BYTES // one))
+
+
+# --------------------------------------------------------------------------- torch
+
+
+def _time_graph(calls: Callable[[], None], count: int) -> tuple[float, float, float]:
+  """Seconds (median, least, most) of one of `count` calls, from replays of one CUDA graph."""
+  import torch
+
+  stream = torch.cuda.Stream()
+  torch.cuda.synchronize()  # the plan was copied on another stream
+  with torch.cuda.stream(stream):
+    for _ in range(2):
+      calls()
+  stream.synchronize()
+  graph = torch.cuda.CUDAGraph()
+  with torch.cuda.graph(graph, stream=stream):
+    calls()
+  times = []
+  for _ in range(_ROUNDS + 1):
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(_REPEATS):
+      graph.replay()
+    last.record()
+    last.synchronize()
+    times.append(first.elapsed_time(last) / 1e3 / _REPEATS / count)
+  times = times[1:]
+  return statistics.median(times), min(times), max(times)
+
+
+def flashinfer(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
+  """FlashInfer's BatchDecodeWithPagedKVCacheWrapper on tensor cores, both layouts, in a CUDA graph."""
+  nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+  os.environ.setdefault("CUDA_HOME", str(pathlib.Path(nvcc).resolve().parents[1]))
+  import torch
+  from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+  kind = getattr(torch, dtype)
+  lengths = shape.lengths(1)[0, :, 0]
+  pages = -(-lengths // shape.block_size)
+  starts = np.concatenate([[0], np.cumsum(pages)])
+  indptr, last = (torch.tensor(x, dtype=torch.int32) for x in (starts, lengths - (pages - 1) * shape.block_size))
+  indices = torch.randperm(int(pages.sum()), generator=torch.Generator().manual_seed(0)).to(torch.int32).cuda()
+  layers = _num_layers(shape, kind.itemsize)
+  q = torch.randn(shape.seqs, shape.kv_heads * shape.group, shape.head_dim, device="cuda", dtype=kind)
+  sides = {"NHD": (shape.block_size, shape.kv_heads), "HND": (shape.kv_heads, shape.block_size)}
+  for layout, middle in sides.items():
+    pools = [torch.randn(int(pages.sum()), 2, *middle, shape.head_dim, device="cuda", dtype=kind)
+             for _ in range(layers)]
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(512 << 20, dtype=torch.uint8, device="cuda"), layout, use_cuda_graph=True, use_tensor_cores=True,
+        paged_kv_indptr_buffer=indptr.cuda(), paged_kv_indices_buffer=indices.clone(),
+        paged_kv_last_page_len_buffer=last.cuda())
+    wrapper.plan(
+        indptr, indices, last, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, shape.block_size,
+        q_data_type=kind, kv_data_type=kind)
+    out = torch.empty_like(q)
+
+    def calls(wrapper=wrapper, pools=pools, out=out):
+      for pool in pools:
+        wrapper.run(q, pool, out=out)
+
+    yield f"{layout} {wrapper._backend}", _time_graph(calls, layers)
+    del pools, wrapper
+
+
+def torch_sdpa(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
+  """torch's scaled_dot_product_attention on KVs that already lie gathered and padded (the gather is not timed)."""
+  import torch
+  from torch.nn import functional
+
+  kind = getattr(torch, dtype)
+  lengths = torch.tensor(shape.lengths(1)[0, :, 0])
+  longest, layers = int(lengths.max()), _num_layers(shape, kind.itemsize)
+  q = torch.randn(shape.seqs, shape.kv_heads * shape.group, 1, shape.head_dim, device="cuda", dtype=kind)
+  k, v = ([torch.randn(shape.seqs, shape.kv_heads, longest, shape.head_dim, device="cuda", dtype=kind)
+           for _ in range(layers)] for _ in range(2))
+  ragged = bool((lengths < longest).any())
+  mask = (torch.arange(longest) < lengths[:, None])[:, None, None].cuda() if ragged else None
+
+  def calls():
+    for keys, values in zip(k, v, strict=True):
+      functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+
+  yield "padded, with a mask" if ragged else "gathered", _time_graph(calls, layers)
+
+
+# --------------------------------------------------------------------------- JAX
+
+
+def jax_paged_attention(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
+  """JAX's own Pallas-Triton `paged_attention` (deprecated upstream), the best of a few configurations."""
+  import jax
+  import jax.numpy as jnp
+  from bench_common import time_calls
+
+  warnings.filterwarnings("ignore", category=DeprecationWarning)
+  from jax.experimental.pallas.ops.gpu import paged_attention as op
+
+  kind = jnp.dtype(dtype)
+  lengths = shape.lengths(1)[0, :, 0]
+  pages = -(-lengths // shape.block_size)
+  longest = -(-int(pages.max()) // 16) * 16  # divides among the splits
+  layers = _num_layers(shape, kind.itemsize)
+  ids = np.random.default_rng(0).permutation(int(pages.sum())).astype(np.int32)
+  tables = np.zeros((shape.seqs, longest), np.int32)
+  tables[np.arange(longest) < pages[:, None]] = ids
+  keys = jax.random.split(jax.random.key(0), 2 * layers + 1)
+  pool = (shape.kv_heads, int(pages.sum()), shape.block_size, shape.head_dim)
+  pools = [jax.random.normal(key, pool, kind) for key in keys[1:]]
+  q = jax.random.normal(keys[0], (shape.seqs, shape.kv_heads * shape.group, shape.head_dim), kind)
+  best = None
+  for splits, at_once, warps, stages in ((16, 4, 4, 2), (16, 8, 8, 2), (8, 8, 4, 2), (4, 4, 4, 2)):
+
+    @jax.jit
+    def run(q, pools, splits=splits, at_once=at_once, warps=warps, stages=stages):
+      for k, v in zip(pools[::2], pools[1::2], strict=True):
+        q = op.paged_attention(
+            q, k, v, jnp.asarray(tables), jnp.asarray(lengths), k_splits=splits, pages_per_compute_block=at_once,
+            num_warps=warps, num_stages=stages)
+      return q
+
+    timing = time_calls(lambda q, run=run: run(q, pools), q)[0].per(layers)
+    if best is None or timing.median < best[1].median:
+      best = f"{splits} splits, {at_once} pages, {warps} warps, {stages} stages", timing
+  yield best[0], (best[1].median, best[1].least, best[1].most)
+
+
+PEERS = {"flashinfer": flashinfer, "torch-sdpa": torch_sdpa, "jax-paged-attention": jax_paged_attention}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("peer", choices=PEERS)
+  parser.add_argument("shapes", nargs="+", choices=DECODE_SHAPES)
+  parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+  args = parser.parse_args()
+  for name in args.shapes:
+    shape = DECODE_SHAPES[name]
+    assert shape.ragged_by != "head", "no peer can run a shape that is ragged by head"
+    size = int(shape.lengths(1).sum()) * 2 * shape.head_dim * 2
+    start = time.perf_counter()
+    for variant, (median, least, most) in PEERS[args.peer](shape, args.dtype):
+      row = {"shape": name, "peer": args.peer, "variant": variant, "us": median * 1e6, "us_least": least * 1e6,
+             "us_most": most * 1e6, "kv_bytes": size, "seconds_to_measure": time.perf_counter() - start}
+      print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+  main()
