@@ -19,6 +19,10 @@ XLA = "xla"
 _log = logging.getLogger(__name__)
 
 
+_HALVES = frozenset({"bfloat16", "float16"})
+_HALVES_AND_SINGLE = _HALVES | {"float32"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
   """What the choice depends on.
@@ -46,6 +50,7 @@ class Support:
     backend: its name, the end of the module's file name.
     capabilities: lowest and highest compute capability.
     dtypes: of the pool.
+    query_dtypes: of the queries.
     head_dims: D.
     block_sizes: P.
     max_group: largest G.
@@ -53,7 +58,8 @@ class Support:
 
   backend: str
   capabilities: tuple[tuple[int, int], tuple[int, int]]
-  dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
+  dtypes: frozenset[str] = _HALVES_AND_SINGLE
+  query_dtypes: frozenset[str] = _HALVES_AND_SINGLE
   head_dims: frozenset[int] = frozenset({64, 96, 128, 256})
   block_sizes: frozenset[int] = frozenset({8, 16, 32, 64})
   max_group: int = 16
@@ -65,6 +71,8 @@ class Support:
       return f"compute capability {capability[0]}.{capability[1]}"
     if shape.dtype not in self.dtypes:
       return f"dtype {shape.dtype}"
+    if shape.query_dtype not in self.query_dtypes:
+      return f"queries of dtype {shape.query_dtype}"
     if shape.head_dim not in self.head_dims:
       return f"head_dim {shape.head_dim}"
     if shape.block_size not in self.block_sizes:
@@ -77,7 +85,17 @@ class Support:
 _AMPERE, _HOPPER, _NEWEST = (8, 0), (9, 0), (99, 0)
 
 TABLE: dict[str, tuple[Support, ...]] = {
-    "paged_decode": (Support(backend="triton", capabilities=(_AMPERE, _NEWEST)),),
+    "paged_decode": (
+        Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
+    ),
+    "column_scores": (Support(backend="triton", capabilities=(_AMPERE, _NEWEST)),),
+    # cuDNN's flash attention takes head dimensions above 128 on Hopper and newer only.
+    "paged_prefill": (
+        Support(backend="cudnn", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES, query_dtypes=_HALVES,
+                head_dims=frozenset({64, 96, 128})),
+        Support(backend="cudnn", capabilities=(_HOPPER, _NEWEST), dtypes=_HALVES, query_dtypes=_HALVES,
+                head_dims=frozenset({256})),
+    ),
 }
 """Op -> its backends, the preferred one first. XLA stands behind them all."""
 

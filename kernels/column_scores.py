@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from kvc_jax.kernels import column_scores_xla
+from kvc_jax.kernels import backends, column_scores_triton, column_scores_xla
 
 
 def column_scores(
@@ -45,6 +45,8 @@ def column_scores(
     raise ValueError(
         f"column_scores: q {q.shape}, log_sums {log_sums.shape}, query_positions {query_positions.shape} "
         "do not match")
-  return column_scores_xla.column_scores(
+  backend = backends.choose("column_scores", backends.shape_of(kv, q.shape[1] // tables.shape[2], q.dtype))
+  run = {"triton": column_scores_triton.column_scores}.get(backend, column_scores_xla.column_scores)
+  return run(
       q, log_sums, query_positions, kv, positions, tables, lengths, layer, slot,
       scale=scale, power=power, buffer=buffer)

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from kvc_jax.kernels import paged_prefill_xla
+from kvc_jax.kernels import backends, paged_prefill_cudnn, paged_prefill_xla
 
 
 def paged_prefill(
@@ -50,5 +50,6 @@ def paged_prefill(
     raise ValueError(f"paged_prefill: q {q.shape}, k {k.shape}, v {v.shape}, tables {tables.shape} do not match")
   if q_heads % k.shape[1] or head_dim != kv.shape[-1]:
     raise ValueError(f"paged_prefill: q {q.shape} fits neither {k.shape[1]} KV heads nor pool {kv.shape}")
-  return paged_prefill_xla.paged_prefill(
-      q, k, v, kv, tables, prefix_lengths, layer, slot, count, scale=scale)
+  backend = backends.choose("paged_prefill", backends.shape_of(kv, q_heads // tables.shape[2], q.dtype))
+  run = {"cudnn": paged_prefill_cudnn.paged_prefill}.get(backend, paged_prefill_xla.paged_prefill)
+  return run(q, k, v, kv, tables, prefix_lengths, layer, slot, count, scale=scale)
