@@ -96,6 +96,14 @@ TABLE: dict[str, tuple[Support, ...]] = {
         Support(backend="cudnn", capabilities=(_HOPPER, _NEWEST), dtypes=_HALVES, query_dtypes=_HALVES,
                 head_dims=frozenset({256})),
     ),
+    "compact_kv": (
+        Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
+    ),
+    # It reads keys in list order, whatever the pool's shape.
+    "count_at_most": (
+        Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=frozenset({"uint32"}),
+                head_dims=frozenset({1}), block_sizes=frozenset({1})),
+    ),
 }
 """Op -> its backends, the preferred one first. XLA stands behind them all."""
 

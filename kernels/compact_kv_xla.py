@@ -1,4 +1,4 @@
-"""XLA version of `compact_kv`: a loop of gathers and scatters of fixed size."""
+"""XLA version of `compact_kv`: lists of moves, then a loop of gathers and scatters of fixed size."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,14 @@ def compact_kv(
     kv: jax.Array,
     scores: jax.Array,
     positions: jax.Array,
-    sources: jax.Array,
-    targets: jax.Array,
-    count: jax.Array,
+    evicted: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    kept: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """See `compact_kv.compact_kv`."""
   block_size = kv.shape[2]
+  sources, targets, count = _plan(evicted, tables, lengths, kept, block_size)
   spare = -sources.shape[0] % MOVES_PER_STEP
   # Padding moves slot 0 onto itself: the null block's contents mean nothing.
   sources, targets = jnp.pad(sources, (0, spare)), jnp.pad(targets, (0, spare))
@@ -35,3 +37,20 @@ def compact_kv(
 
   steps = lax.div(count + (MOVES_PER_STEP - 1), jnp.int32(MOVES_PER_STEP))
   return lax.fori_loop(0, steps, body, (kv, scores, positions))
+
+
+def _plan(evicted, tables, lengths, kept, block_size):
+  """Sources and targets of the moves, i32 KV slots block * P + offset, 0 from `count` on; and count."""
+  index = jnp.arange(evicted.shape[-1], dtype=jnp.int32)
+  hole = evicted & (index < kept[:, None])
+  mover = ~evicted & (index >= kept[:, None]) & (index < lengths[:, None])
+  slots = (tables[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)).reshape(evicted.shape)
+  size = evicted.size // 2 + 1
+  return _listed(slots, mover, size), _listed(slots, hole, size), jnp.sum(hole, dtype=jnp.int32)
+
+
+def _listed(slots, chosen, size):
+  """The chosen slots in order, 0 behind them. Heads come in one order for both lists."""
+  flat = chosen.reshape(-1)
+  place = jnp.where(flat, jnp.cumsum(flat, dtype=jnp.int32) - 1, size)
+  return jnp.zeros((size,), jnp.int32).at[place].set(slots.reshape(-1), mode="drop")

@@ -105,15 +105,22 @@ def _mark_new_kvs(
   )
 
 
-def push_blocks(state: CacheState, ids: Array, freed: Array) -> CacheState:
-  """Puts the block ids where `freed` (both of one shape) on the free stack."""
-  flat = freed.reshape(-1)
-  rank = jnp.cumsum(flat, dtype=jnp.int32) - 1
-  place = jnp.where(flat, state.free_count + rank, state.num_blocks)
+def push_blocks(
+    state: CacheState,
+    tables: Int[Array, "heads max_blocks"],
+    first: Int[Array, " heads"],
+    stop: Int[Array, " heads"],
+) -> CacheState:
+  """Puts the blocks in columns first <= m < stop of each row of tables on the free stack."""
+  column = jnp.arange(tables.shape[1], dtype=jnp.int32)
+  counts = stop - first
+  start = state.free_count + jnp.cumsum(counts, dtype=jnp.int32) - counts - first
+  freed = (column >= first[:, None]) & (column < stop[:, None])
+  place = jnp.where(freed, start[:, None] + column, state.num_blocks)
   return dataclasses.replace(
       state,
-      free_ids=state.free_ids.at[place].set(ids.reshape(-1), mode="drop"),
-      free_count=state.free_count + jnp.sum(flat, dtype=jnp.int32),
+      free_ids=state.free_ids.at[place].set(tables, mode="drop"),
+      free_count=state.free_count + jnp.sum(counts, dtype=jnp.int32),
   )
 
 
@@ -121,7 +128,8 @@ def release(state: CacheState, slots: Int[Array, " seqs"]) -> CacheState:
   """Ends the sequences in `slots` (i32 [B], distinct; S = ignore) and frees their blocks."""
   slots = ignore_outside(slots, state.num_slots)
   tables = state.tables.at[:, slots].get(mode="fill", fill_value=NULL_BLOCK)  # [L, B, H, M]
-  state = push_blocks(state, tables, tables != NULL_BLOCK)
+  blocks = blocks_held(state.lengths.at[:, slots].get(mode="fill", fill_value=0), state.block_size).reshape(-1)
+  state = push_blocks(state, tables.reshape(blocks.size, -1), jnp.zeros_like(blocks), blocks)
   return dataclasses.replace(
       state,
       tables=state.tables.at[:, slots].set(NULL_BLOCK, mode="drop"),

@@ -1,47 +1,23 @@
-"""Closing the holes: survivors behind a head's new end move into holes before it.
+"""Closing the holes that eviction left in the heads' lists."""
 
-After evicting e of a head's n KVs it has n' = n - e. The survivors at index >= n'
-are as many as the holes at index < n', and the two sets are disjoint, so the
-moves can go in any order (KV-Compress, arXiv 2410.00161).
+import dataclasses
 
-    index     0 1 2 3 4 5 6 7        n = 8, evicted: 1 3 6, n' = 5
-    kept      x . x . x x . x        holes below 5: 1 3; survivors from 5: 5 7
-    after     0 5 2 7 4              moves 5 -> 1, 7 -> 3
-"""
-
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from kvc_jax.cache.state import CacheState
+from kvc_jax.kernels.compact_kv import compact_kv
 
-def plan_moves(
-    evicted: Bool[Array, "*heads kvs"],
-    lengths: Int[Array, "*heads"],
-    tables: Int[Array, "*heads max_blocks"],
-    block_size: int,
-) -> tuple[Int[Array, " moves"], Int[Array, " moves"], Int[Array, ""]]:
-  """Lists the moves of all heads.
 
-  Args:
-    evicted: True for each KV that goes, in the order of the head's list.
-    lengths: i32 KVs of each head before.
-    tables: i32 block ids of each head.
-    block_size: P.
+def compact(
+    state: CacheState,
+    evicted: Bool[Array, "heads kvs"],
+    tables: Int[Array, "heads max_blocks"],
+    lengths: Int[Array, " heads"],
+    kept: Int[Array, " heads"],
+) -> CacheState:
+  """Moves survivors into holes, so that a head's first `kept` entries are those that stay.
 
-  Returns:
-    sources and targets, i32 KV slots numbered block * P + offset, 0 from `count`
-    on; and count, i32 [].
+  Tables and lengths of the state stay as they were; for the arguments see the op.
   """
-  index = jnp.arange(evicted.shape[-1], dtype=jnp.int32)
-  kept = (lengths - jnp.sum(evicted, axis=-1, dtype=jnp.int32))[..., None]
-  hole = evicted & (index < kept)
-  mover = ~evicted & (index >= kept) & (index < lengths[..., None])
-  slots = (tables[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)).reshape(evicted.shape)
-  size = evicted.size // 2 + 1
-  return _listed(slots, mover, size), _listed(slots, hole, size), jnp.sum(hole, dtype=jnp.int32)
-
-
-def _listed(slots: Array, chosen: Array, size: int) -> Array:
-  """The chosen slots in order, 0 behind them. Heads come in one order for both lists."""
-  flat = chosen.reshape(-1)
-  place = jnp.where(flat, jnp.cumsum(flat, dtype=jnp.int32) - 1, size)
-  return jnp.zeros((size,), jnp.int32).at[place].set(slots.reshape(-1), mode="drop")
+  kv, scores, positions = compact_kv(state.kv, state.scores, state.positions, evicted, tables, lengths, kept)
+  return dataclasses.replace(state, kv=kv, scores=scores, positions=positions)

@@ -5,15 +5,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Int
 
 from kvc_jax.cache.alloc import blocks_held, ignore_outside, push_blocks
 from kvc_jax.cache.state import NULL_BLOCK, CacheState
-from kvc_jax.eviction.compact import plan_moves
+from kvc_jax.eviction.compact import compact
 from kvc_jax.eviction.score import HeldKVs, ScoringRule
-from kvc_jax.eviction.select import select
-from kvc_jax.kernels.compact_kv import compact_kv
+from kvc_jax.eviction.select import keys_of, select
 
 Allocation = Literal["all", "layer", "head"]
 
@@ -42,6 +40,7 @@ def evict(
     *,
     rule: ScoringRule,
     allocation: Allocation = "all",
+    max_tokens: int | None = None,
 ) -> tuple[CacheState, Eviction]:
   """Shrinks sequences to their budgets; their freed blocks are free at once.
 
@@ -60,6 +59,8 @@ def evict(
       take a mean; 0 by default.
     rule: what a KV is worth (static).
     allocation: static.
+    max_tokens: a bound of the lengths, where one below M * P is known (static);
+      time and memory grow with it.
 
   Returns:
     The new state and what was done. A budget that protected tokens do not fit in
@@ -68,56 +69,53 @@ def evict(
   if allocation not in ("all", "layer", "head"):
     raise ValueError(f"allocation is {allocation!r}; give 'all', 'layer' or 'head'")
   slots = ignore_outside(slots, state.num_slots)
-  tables = state.tables.at[:, slots].get(mode="fill", fill_value=NULL_BLOCK).swapaxes(0, 1)  # [B, L, H, M]
-  lengths = state.lengths.at[:, slots].get(mode="fill", fill_value=0).swapaxes(0, 1)
+  columns = state.max_blocks_per_head
+  if max_tokens is not None:
+    columns = min(columns, -(-max_tokens // state.block_size))
+  tables = state.tables.at[:, slots, :, :columns].get(mode="fill", fill_value=NULL_BLOCK).swapaxes(0, 1)
+  lengths = state.lengths.at[:, slots].get(mode="fill", fill_value=0).swapaxes(0, 1)  # [B, L, H]
   num_tokens = state.num_tokens.at[slots].get(mode="fill", fill_value=0)
   first_query = jnp.zeros_like(slots) if first_query is None else first_query
-  values, positions = _values(state, tables, lengths, num_tokens, window, sinks, first_query, rule)
-  freed, evicted = _choose(values, positions, lengths, cache_tokens, state.block_size, allocation)
+  keys = _keys(state, tables, lengths, num_tokens, window, sinks, first_query, rule)
+  excess = _excess(lengths, cache_tokens, state.block_size, allocation)
 
-  sources, targets, count = plan_moves(evicted, lengths, tables, state.block_size)
-  kv, scores, positions = compact_kv(state.kv, state.scores, state.positions, sources, targets, count)
-  state = dataclasses.replace(state, kv=kv, scores=scores, positions=positions)
-  return _shorten(state, slots, tables, lengths - jnp.sum(evicted, axis=-1, dtype=jnp.int32), freed)
+  rows, held = tables.reshape(-1, columns), lengths.reshape(-1)  # [R, M] and [R], R = B * L * H
+  freed, evictions, evicted = select(
+      keys, lambda: state.positions[rows].reshape(keys.shape), held, excess, state.block_size)
+  kept = held - evictions
+  state = compact(state, evicted, rows, held, kept)
+  state = push_blocks(state, rows, blocks_held(kept, state.block_size), blocks_held(held, state.block_size))
+  return _shorten(state, slots, tables, kept.reshape(lengths.shape), freed.reshape(lengths.shape))
 
 
-def _values(state, tables, lengths, num_tokens, window, sinks, first_query, rule):
-  """Worth of each entry [B, L, H, M*P], +inf for what must stay, and positions."""
+def _keys(state, tables, lengths, num_tokens, window, sinks, first_query, rule):
+  """Order of worth, u32 [R, M*P], for `select`."""
   shape = (*lengths.shape, tables.shape[-1] * state.block_size)
   scores, positions = state.scores[tables].reshape(shape), state.positions[tables].reshape(shape)
-  held = jnp.arange(shape[-1], dtype=jnp.int32) < lengths[..., None]
-  evictable = held & (positions < (num_tokens - window)[:, None, None, None])
+  evictable = jnp.arange(shape[-1], dtype=jnp.int32) < lengths[..., None]
+  evictable &= positions < (num_tokens - window)[:, None, None, None]
   evictable &= positions >= sinks[:, None, None, None]
   values = rule.value(HeldKVs(scores, positions, num_tokens, first_query))
-  return jnp.where(evictable, values, jnp.inf), positions
+  return keys_of(values, evictable).reshape(-1, shape[-1])
 
 
-def _choose(values, positions, lengths, cache_tokens, block_size, allocation):
-  """Runs `select` over groups of heads; returns freed [B, L, H] and evicted [B, L, H, M*P]."""
-  seqs, layers, heads, kvs = values.shape
-  groups, group_heads = {
-      "all": (seqs, layers * heads), "layer": (seqs * layers, heads), "head": (seqs * layers * heads, 1),
-  }[allocation]
-  held = blocks_held(lengths, block_size)
+def _excess(lengths, cache_tokens, block_size, allocation):
+  """Blocks above the budget, i32 [groups]: "all" B of them, "layer" B * L, "head" B * L * H."""
+  _, layers, heads = lengths.shape
+  group_heads = {"all": layers * heads, "layer": heads, "head": 1}[allocation]
   allowed = blocks_held(cache_tokens, block_size)[:, None, None]
   # Summed per group before the clip: what one head holds less, another may hold more.
-  excess = jnp.sum((held - allowed).reshape(groups, group_heads), axis=1)
-  last_block = jnp.where(lengths > 0, lax.rem(lengths - 1, jnp.int32(block_size)) + 1, 0)
-  freed, evicted = select(
-      values.reshape(groups, group_heads, kvs), positions.reshape(groups, group_heads, kvs),
-      last_block.reshape(groups, group_heads), jnp.maximum(excess, 0), block_size)
-  return freed.reshape(lengths.shape), evicted.reshape(values.shape)
+  return jnp.maximum(jnp.sum((blocks_held(lengths, block_size) - allowed).reshape(-1, group_heads), axis=1), 0)
 
 
 def _shorten(state, slots, tables, lengths, freed):
-  """Cuts `freed` blocks off each head and puts them on the free stack."""
-  column = jnp.arange(tables.shape[-1], dtype=jnp.int32)
-  stays = column < blocks_held(lengths, state.block_size)[..., None]
-  state = push_blocks(state, tables, ~stays & (tables != NULL_BLOCK))
-  tables = jnp.where(stays, tables, NULL_BLOCK)
+  """Sets the lengths [B, L, H], and the tables [B, L, H, M] to zero behind them."""
+  columns = tables.shape[-1]
+  stays = jnp.arange(columns, dtype=jnp.int32) < blocks_held(lengths, state.block_size)[..., None]
+  tables = jnp.where(stays, tables, NULL_BLOCK).swapaxes(0, 1)
   state = dataclasses.replace(
       state,
-      tables=state.tables.at[:, slots].set(tables.swapaxes(0, 1), mode="drop"),
+      tables=state.tables.at[:, slots, :, :columns].set(tables, mode="drop"),
       lengths=state.lengths.at[:, slots].set(lengths.swapaxes(0, 1), mode="drop"),
   )
   return state, Eviction(lengths=lengths, freed_blocks=jnp.sum(freed, axis=(1, 2)))
