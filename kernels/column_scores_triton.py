@@ -131,15 +131,31 @@ def _kernel(q_ref, log_sums_ref, last_counted_ref, step_ends_ref, kv_ref, positi
   """
   # Heads come fastest: the first tiles, which most queries count for, start first.
   head = lax.rem(pl.program_id(0), jnp.int32(plan.heads))
-  token = lax.div(pl.program_id(0), jnp.int32(plan.heads)) * plan.config.tile + jnp.arange(
-      plan.config.tile, dtype=jnp.int32)
+  start = lax.div(pl.program_id(0), jnp.int32(plan.heads)) * plan.config.tile
+  token = start + jnp.arange(plan.config.tile, dtype=jnp.int32)
   table_row = (layer_and_slot_ref[0] * plan.slots + layer_and_slot_ref[1]) * plan.heads + head
-  keys, key_positions = _load_keys(plan, kv_ref, positions_ref, tables_ref, table_row, token, lengths_ref[table_row])
-  first, stop = _counted_steps(plan, step_ends_ref, jnp.min(key_positions))
+  length = lengths_ref[table_row]
+  group = jnp.arange(plan.padded_group, dtype=jnp.int32)
+  target = sums_ref.at[(head * plan.padded_group + group)[:, None], token[None, :]]
+
+  @pl.when(start < length)
+  def _():
+    keys, key_positions = _load_keys(plan, kv_ref, positions_ref, tables_ref, table_row, token, length)
+    first, stop = _counted_steps(plan, step_ends_ref, jnp.min(key_positions))
+    load_queries = functools.partial(_load_queries, plan, q_ref, log_sums_ref, last_counted_ref, head)
+    plt.store(target, _sum_over_queries(plan, keys, key_positions, load_queries, first, stop))
+
+  @pl.when(start >= length)
+  def _():
+    plt.store(target, jnp.zeros((plan.padded_group, plan.config.tile), jnp.float32))
+
+
+def _sum_over_queries(plan, keys, key_positions, load_queries, first, stop):
+  """Sums [padded G, tile] over steps [first, stop)."""
   exponent = plan.power * _LOG2E
 
   def body(step, acc):
-    queries, log_sums, last_counted = _load_queries(plan, q_ref, log_sums_ref, last_counted_ref, head, step)
+    queries, log_sums, last_counted = load_queries(step)
     precision = lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
     logits = plt.dot(queries, keys.astype(queries.dtype), trans_b=True, precision=precision)  # [rows, tile]
     raised = jnp.exp2(logits * (plan.scale * exponent) - (log_sums * exponent)[:, None])
@@ -147,9 +163,7 @@ def _kernel(q_ref, log_sums_ref, last_counted_ref, step_ends_ref, kv_ref, positi
     return acc + jnp.where(key_positions[None, :] <= last_counted[:, None], raised, 0.0)
 
   acc = lax.fori_loop(first, stop, body, jnp.zeros((plan.rows, plan.config.tile), jnp.float32))
-  sums = jnp.sum(acc.reshape(plan.per_step, plan.padded_group, plan.config.tile), axis=0)
-  row = head * plan.padded_group + jnp.arange(plan.padded_group, dtype=jnp.int32)
-  plt.store(sums_ref.at[row[:, None], token[None, :]], sums)
+  return jnp.sum(acc.reshape(plan.per_step, plan.padded_group, plan.config.tile), axis=0)
 
 
 def _load_keys(plan, kv_ref, positions_ref, tables_ref, table_row, token, length):

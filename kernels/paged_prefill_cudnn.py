@@ -1,9 +1,9 @@
-"""cuDNN version of `paged_prefill`, for Ampere GPUs and newer: flash attention in two parts.
+"""cuDNN version of `paged_prefill`, for Ampere GPUs and newer: flash attention in parts.
 
-The chunk attends itself, causally. Then the prefix is gathered from the pool in
-pieces of a fixed size, as many as the longest head has, so time and memory follow
-what is held and not the tables' width. KV heads stand in cuDNN's batch axis, where
-each may have a length of its own. Parts are merged by their log-sum-exp.
+The chunk attends itself, causally. The prefix is gathered from the pool in pieces of
+a fixed size, as many as the longest head has, so time and memory follow what is held
+and not the tables' width. KV heads stand in cuDNN's batch axis, where each may have
+a length of its own. Parts are merged by their log-sum-exp.
 """
 
 import dataclasses
@@ -16,6 +16,9 @@ from jax import lax
 # number near 10 is 3% of every weight. The function beneath it gives it in f32.
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+_NOTHING = -1e30
+"""Log-sum-exp over no keys; finite, so that two of them merge."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -25,7 +28,7 @@ class Config:
     piece: KVs of each head per piece; at least one block.
   """
 
-  piece: int = 8192
+  piece: int = 16_384
 
 
 def paged_prefill(
@@ -45,23 +48,25 @@ def paged_prefill(
 ) -> tuple[jax.Array, jax.Array]:
   """See `paged_prefill.paged_prefill`; `interpret` puts XLA's attention in cuDNN's place."""
   del count  # padding rows see what is before them and cost what the others cost
-  tokens, heads, _ = k.shape
+  piece = max(1, min((config or Config()).piece // kv.shape[2], tables.shape[-1])) * kv.shape[2]
 
   def chunk_only():
     out, log_sum = _attend(q[None], k[None].astype(q.dtype), v[None].astype(q.dtype), None, scale, interpret)
-    return out[0], log_sum.reshape(heads, -1, tokens)  # [H, G, T]
+    return out[0], log_sum[0]
 
-  def with_prefix():
-    return _add_prefix(
-        *chunk_only(), q, kv, tables[layer, slot], prefix_lengths, scale, config or Config(), interpret)
+  def with_prefix(attend_prefix):
+    prefix = attend_prefix(q, kv, tables[layer, slot], prefix_lengths, piece, scale, interpret)
+    out, log_sum = _merge(*chunk_only(), *map(_unfold, prefix))
+    return out.astype(q.dtype), log_sum
 
-  # The chunk's own attention stands in both branches: a branch that hands it through would copy it.
-  out, log_sum = lax.cond(jnp.any(prefix_lengths > 0), with_prefix, chunk_only)
-  return out, log_sum.reshape(-1, tokens).T
+  # The chunk's own attention stands in each branch: a branch that hands it through would copy it.
+  return lax.switch(
+      jnp.minimum(_count_pieces(prefix_lengths, piece), 2),
+      (chunk_only, lambda: with_prefix(_one_piece), lambda: with_prefix(_many_pieces)))
 
 
 def _attend(q, k, v, lengths, scale, interpret):
-  """Output [B, T, N, D] and its log-sum-exp f32 [B, N, T].
+  """Output [B, T, N, D] and its log-sum-exp f32 [B, T, N].
 
   q is [B, T, N, D], k and v [B, K, N / G, D]. `lengths` i32 [B]: every row sees
   that many keys, and what a batch entry without keys gives means nothing. None:
@@ -72,54 +77,46 @@ def _attend(q, k, v, lengths, scale, interpret):
     out, log_sum = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=causal, key_value_seq_lengths=lengths, implementation="xla",
         return_residual=True)
-    return out, log_sum.swapaxes(1, 2).astype(jnp.float32)
-  batch, tokens = q.shape[:2]
-  return cudnn.dot_product_attention(
+    return out, log_sum.astype(jnp.float32)
+  batch, tokens, _, _ = q.shape
+  out, log_sum = cudnn.dot_product_attention(
       q, k, v, q_seqlen=None if causal else jnp.full((batch,), tokens, jnp.int32), kv_seqlen=lengths, scale=scale,
       mask_type=cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.PADDING, return_residual=True)
+  return out, log_sum.swapaxes(1, 2)
 
 
-def _add_prefix(out, log_sum, q, kv, tables, lengths, scale, config, interpret):
-  """Merges attention over the prefix into the chunk's own.
+def _count_pieces(lengths, piece):
+  """Pieces that the longest head has, i32 []."""
+  return lax.div(jnp.max(lengths) + (piece - 1), jnp.int32(piece))
 
-  Args:
-    out: [T, H*G, D] over the chunk alone.
-    log_sum: f32 [H, G, T] of it.
-    q: [T, H*G, D].
-    kv: [N, 2, P, D].
-    tables: i32 [H, M].
-    lengths: i32 [H] KVs of the prefix.
-    scale: factor on q k^T.
-    config: sizes.
-    interpret: as in `paged_prefill`.
 
-  Returns:
-    Output [T, H*G, D] and log-sum-exp [H, G, T] over prefix and chunk.
+def _one_piece(q, kv, tables, lengths, piece, scale, interpret):
+  """Attention over a prefix of at most `piece` KVs: output [H, T, G, D], log-sum-exp f32 [H, T, G].
+
+  q is [T, H*G, D], kv [N, 2, P, D], tables i32 [H, M], lengths i32 [H].
   """
+  heads, _ = tables.shape
+  ids = tables[:, : piece // kv.shape[2]]
+  keys, values = (_gather(kv, ids, lengths, which).astype(q.dtype) for which in (0, 1))
+  out, log_sum = _attend(_fold(q, heads), keys, values, lengths, scale, interpret)
+  held = lengths[:, None, None] > 0
+  return jnp.where(held[..., None], out, 0), jnp.where(held, log_sum, _NOTHING)
+
+
+def _many_pieces(q, kv, tables, lengths, piece, scale, interpret):
+  """`_one_piece` for a prefix of any length; its output is f32."""
   heads, columns = tables.shape
-  block_size = kv.shape[2]
-  blocks = max(1, min(config.piece // block_size, columns))
-  piece = blocks * block_size
+  blocks = piece // kv.shape[2]
   tables = jnp.pad(tables, ((0, 0), (0, -columns % blocks)))
-  queries = _fold(q, heads)
 
   def body(step, carry):
-    out, log_sum = carry
     ids = lax.dynamic_slice_in_dim(tables, step * blocks, blocks, axis=1)
     left = jnp.clip(lengths - step * piece, 0, piece)
-    keys, values = (_gather(kv, ids, left, which).astype(q.dtype) for which in (0, 1))
-    part, part_log_sum = _attend(queries, keys, values, left, scale, interpret)
-    return _merge(out, log_sum, part, jnp.where(left[:, None, None] > 0, part_log_sum, -jnp.inf))
+    return _merge(*carry, *_one_piece(q, kv, ids, left, piece, scale, interpret))
 
-  steps = lax.div(jnp.max(lengths) + (piece - 1), jnp.int32(piece))
-  out, log_sum = lax.fori_loop(0, steps, body, (_fold(out, heads).astype(jnp.float32), log_sum))
-  return out.astype(q.dtype).swapaxes(0, 1).reshape(q.shape), log_sum
-
-
-def _fold(x, heads):
-  """[T, H*G, D] -> [H, T, G, D]."""
-  tokens, _, head_dim = x.shape
-  return x.reshape(tokens, heads, -1, head_dim).swapaxes(0, 1)
+  out = jnp.zeros(_fold(q, heads).shape, jnp.float32)
+  return lax.fori_loop(
+      0, _count_pieces(lengths, piece), body, (out, jnp.full(out.shape[:-1], _NOTHING, jnp.float32)))
 
 
 def _gather(kv, ids, lengths, which):
@@ -130,11 +127,19 @@ def _gather(kv, ids, lengths, which):
   return jnp.where(held[..., None, None], rows, 0)
 
 
-def _merge(out, log_sum, part, part_log_sum):
-  """Two outputs [H, T, G, D] and log-sum-exps [H, G, T] of the same queries over two sets of keys.
+def _fold(x, heads):
+  """[T, H*G, D] -> [H, T, G, D]."""
+  tokens, _, head_dim = x.shape
+  return x.reshape(tokens, heads, -1, head_dim).swapaxes(0, 1)
 
-  A part with log-sum-exp -inf counts for nothing, whatever it holds.
-  """
+
+def _unfold(x):
+  """[H, T, G, ...] -> [T, H*G, ...]."""
+  return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+def _merge(out, log_sum, part, part_log_sum):
+  """Attention over two sets of keys from that over each: outputs [..., D] (f32 out), log-sum-exps f32 [...]."""
   total = jnp.logaddexp(log_sum, part_log_sum)
-  kept, gained = (jnp.exp(x - total).swapaxes(1, 2)[..., None] for x in (log_sum, part_log_sum))  # [H, T, G, 1]
-  return out * kept + jnp.where(gained > 0, part.astype(jnp.float32) * gained, 0.0), total
+  return (out.astype(jnp.float32) * jnp.exp(log_sum - total)[..., None]
+          + part.astype(jnp.float32) * jnp.exp(part_log_sum - total)[..., None]), total
