@@ -22,7 +22,8 @@ from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk
 from kvc_jax.errors import InputError
 from kvc_jax.eviction.compression import Compression
-from kvc_jax.model.llama import Llama
+from kvc_jax.kernels import backends
+from kvc_jax.model.llama import Llama, unstack_layers
 from kvc_jax.tokenizer import IncrementalDecoder, Tokenizer
 
 Prompt = str | list[int]
@@ -78,6 +79,8 @@ class LLM:
     shape = LlamaConfig.from_folder(model)  # the quickest check comes first
     self.tokenizer = Tokenizer.from_folder(model)
     self._model = load_model(model, dtype=dtype, progress=progress)
+    if backends.device_capability() is not None:
+      self._model = unstack_layers(self._model)
     self.max_model_len = _context(max_model_len, shape.max_position_embeddings)
     if block_size < 1 or block_size & (block_size - 1):
       raise InputError(f"block_size is {block_size}; give a power of two, such as 16")

@@ -1,8 +1,10 @@
-"""Llama-family decoder: stacked layers under one scan, attention as a function."""
+"""Llama-family decoder: stacked layers under one scan, or apart; attention as a function."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -16,8 +18,11 @@ from kvc_jax.model.rope import inverse_frequencies
 class Llama(nnx.Module):
   """Llama 2, 3, 3.1, 3.2 and Mistral (no sliding window).
 
-  Parameters of all layers are stacked on a leading axis L, so a layer compiles
-  once. The caller's `state` (a cache, or None) rides in the scan carry.
+  Parameters of all layers are stacked on a leading axis L, as in a checkpoint, and
+  run under one scan, so a layer compiles once. On a GPU that scan copies each layer's
+  slice of them, which more than doubles the time of a decode step: `unstack_layers`
+  gives every layer its own. The caller's `state` (a cache, or None) goes from layer to
+  layer.
   """
 
   def __init__(self, config: LlamaConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
@@ -55,16 +60,8 @@ class Llama(nnx.Module):
       Normed hidden states [T, E] and the final state.
     """
     frequencies = inverse_frequencies(self.config.rope, self.config.head_dim)
-    graph, stacked = nnx.split(self.layers)
-
-    def body(carry, inputs):
-      x, state = carry
-      layer, params = inputs
-      x, state = nnx.merge(graph, params)(x, layer, positions, frequencies, attend, state)
-      return (x, state), None
-
-    indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-    (x, state), _ = lax.scan(body, (self.embed(tokens), state), (indices, stacked))
+    run = _scan_layers if isinstance(self.layers, DecoderLayer) else _run_each_layer
+    x, state = run(self.layers, self.embed(tokens), positions, frequencies, attend, state)
     return self.norm(x), state
 
   def logits(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
@@ -76,6 +73,64 @@ class Llama(nnx.Module):
         preferred_element_type=jnp.float32)
 
 
-def abstract_llama(config: LlamaConfig, dtype: DTypeLike) -> Llama:
+def _scan_layers(
+    layers: DecoderLayer, x: jax.Array, positions: jax.Array, frequencies: np.ndarray, attend: Attend, state: Any,
+) -> tuple[jax.Array, Any]:
+  graph, stacked = nnx.split(layers)
+
+  def body(carry, inputs):
+    x, state = carry
+    layer, params = inputs
+    x, state = nnx.merge(graph, params)(x, layer, positions, frequencies, attend, state)
+    return (x, state), None
+
+  num_layers = len(jax.tree.leaves(stacked)[0])
+  (x, state), _ = lax.scan(body, (x, state), (jnp.arange(num_layers, dtype=jnp.int32), stacked))
+  return x, state
+
+
+def _run_each_layer(
+    layers: nnx.List[DecoderLayer], x: jax.Array, positions: jax.Array, frequencies: np.ndarray, attend: Attend,
+    state: Any,
+) -> tuple[jax.Array, Any]:
+  @jax.jit  # so that a layer is traced once
+  def run(layer: DecoderLayer, index: jax.Array, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    return layer(x, index, positions, frequencies, attend, state)
+
+  for index, layer in enumerate(layers):
+    x, state = run(layer, jnp.asarray(index, jnp.int32), x, state)
+  return x, state
+
+
+def unstack_layers(model: Llama) -> Llama:
+  """The same model with arrays of its own for each layer; those of `model` are deleted.
+
+  Beside the model one stacked parameter is held twice at a time.
+  """
+  graph, stacked = nnx.split(model.layers)
+  leaves, tree = jax.tree.flatten(stacked)
+  rows = [_unstack(leaf) for leaf in leaves]
+  layers = [nnx.merge(graph, jax.tree.unflatten(tree, row)) for row in zip(*rows, strict=True)]
+  graph, params = nnx.split(model)
+  apart = nnx.merge(graph, params)
+  apart.layers = nnx.List(layers)
+  return apart
+
+
+def _unstack(stacked: jax.Array) -> list[jax.Array]:
+  rows = [_row(stacked, index) for index in range(len(stacked))]
+  if not isinstance(stacked, jax.core.Tracer):  # as in `abstract_llama`
+    jax.block_until_ready(rows)
+    stacked.delete()
+  return rows
+
+
+@jax.jit
+def _row(stacked: jax.Array, index: jax.Array) -> jax.Array:
+  return lax.dynamic_index_in_dim(stacked, index, keepdims=False)
+
+
+def abstract_llama(config: LlamaConfig, dtype: DTypeLike, *, stacked: bool = True) -> Llama:
   """A model whose parameters are shapes and dtypes only; nothing is allocated."""
-  return nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+  form = (lambda model: model) if stacked else unstack_layers
+  return nnx.eval_shape(lambda: form(Llama(config, dtype=dtype, rngs=nnx.Rngs(0))))
