@@ -1,0 +1,174 @@
+"""What is compiled ahead of time: every backend in backends.TABLE, on shapes that vary one number at a time."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvc_jax.kernels import backends
+from kvc_jax.kernels.column_scores import column_scores
+from kvc_jax.kernels.compact_kv import compact_kv
+from kvc_jax.kernels.count_at_most import count_at_most
+from kvc_jax.kernels.observed import Observed
+from kvc_jax.kernels.paged_decode import paged_decode
+from kvc_jax.kernels.paged_prefill import paged_prefill
+
+POOL_BYTES = 1 << 30
+_LAYERS, _SEQS, _HEADS, _BLOCKS_PER_HEAD, _QUERIES = 4, 8, 2, 64, 256
+_GROUPS = (1, 3, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Something to compile.
+
+  Attributes:
+    run: the function.
+    args: its arguments' shapes.
+    donated: indices of the arguments that it must update in place.
+  """
+
+  run: Callable[..., Any]
+  args: tuple[Any, ...]
+  donated: tuple[int, ...] = ()
+
+  @property
+  def donated_bytes(self) -> int:
+    leaves = jax.tree.leaves([self.args[index] for index in self.donated])
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One program of one op, for one backend."""
+
+  op: str
+  backend: str
+  variant: str
+  shape: backends.Shape
+
+  @property
+  def name(self) -> str:
+    shape = self.shape
+    return (f"{self.op}_{self.backend} {self.variant} {shape.query_dtype} on {shape.dtype} D{shape.head_dim} "
+            f"G{shape.group} P{shape.block_size}")
+
+  def program(self) -> Program:
+    return _PROGRAMS[self.op][self.variant](self.shape)
+
+
+def cases(capability: tuple[int, int]) -> Iterator[Case]:
+  """All cases that the table promises to a device of `capability`."""
+  for op, entries in backends.TABLE.items():
+    for support in entries:
+      low, high = support.capabilities
+      if low <= capability <= high:
+        for shape in _shapes(support):
+          for variant in _PROGRAMS[op]:
+            yield Case(op, support.backend, variant, shape)
+
+
+def _shapes(support: backends.Support) -> Iterator[backends.Shape]:
+  """The commonest shape, and each other value of each number beside it."""
+
+  def preferred(values, *wanted):
+    return next((value for value in wanted if value in values), min(values))
+
+  def queries_of(dtype: str) -> str:
+    return dtype if dtype in support.query_dtypes else preferred(support.query_dtypes, "bfloat16")
+
+  dtype = preferred(support.dtypes, "bfloat16")
+  base = backends.Shape(
+      dtype=dtype, query_dtype=queries_of(dtype), head_dim=preferred(support.head_dims, 128),
+      group=min(4, support.max_group), block_size=preferred(support.block_sizes, 16))
+  yield base
+  for other in sorted(support.dtypes - {dtype}):
+    yield dataclasses.replace(base, dtype=other, query_dtype=queries_of(other))
+  for head_dim in sorted(support.head_dims - {base.head_dim}):
+    yield dataclasses.replace(base, head_dim=head_dim)
+  for block_size in sorted(support.block_sizes - {base.block_size}):
+    yield dataclasses.replace(base, block_size=block_size)
+  for group in _GROUPS:
+    if group != base.group and group <= support.max_group:
+      yield dataclasses.replace(base, group=group)
+
+
+# --------------------------------------------------------------------------- programs
+
+
+def _array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def _pool(shape: backends.Shape) -> jax.ShapeDtypeStruct:
+  """[N, 2, P, D] of POOL_BYTES."""
+  block = 2 * shape.block_size * shape.head_dim * jnp.dtype(shape.dtype).itemsize
+  return _array((POOL_BYTES // block, 2, shape.block_size, shape.head_dim), shape.dtype)
+
+
+def _per_kv(shape: backends.Shape, dtype: Any) -> jax.ShapeDtypeStruct:
+  return _array((_pool(shape).shape[0], shape.block_size), dtype)
+
+
+_TABLES = _array((_LAYERS, _SEQS, _HEADS, _BLOCKS_PER_HEAD))
+_LENGTHS = _array((_LAYERS, _SEQS, _HEADS))
+_SCALAR = _array(())
+
+
+def _decode(shape: backends.Shape, *, buffer: int | None) -> Program:
+  """With scores where `buffer` is given."""
+  heads = _HEADS * shape.group
+  q = _array((_SEQS, heads, shape.head_dim), shape.query_dtype)
+  args = (q, _pool(shape), _TABLES, _LENGTHS, _SCALAR)
+  if buffer is None:
+    return Program(lambda *args: paged_decode(*args, scale=0.1), args)
+  observed = Observed(
+      scores=_per_kv(shape, jnp.float32), positions=_per_kv(shape, jnp.int32),
+      queries=_array((_LAYERS, *q.shape), q.dtype), log_sums=_array((_LAYERS, _SEQS, heads), jnp.float32),
+      query_positions=_array((_SEQS,)))
+  return Program(lambda *args: paged_decode(*args, scale=0.1, buffer=buffer), (*args, observed), (len(args),))
+
+
+def _prefill(shape: backends.Shape) -> Program:
+  q = _array((_QUERIES, _HEADS * shape.group, shape.head_dim), shape.query_dtype)
+  k = _array((_QUERIES, _HEADS, shape.head_dim), shape.query_dtype)
+  args = (q, k, k, _pool(shape), _TABLES, _array((_HEADS,)), _SCALAR, _SCALAR, _SCALAR)
+  return Program(lambda *args: paged_prefill(*args, scale=0.1), args)
+
+
+def _column_scores(shape: backends.Shape) -> Program:
+  heads = _HEADS * shape.group
+  args = (
+      _array((_QUERIES, heads, shape.head_dim), shape.query_dtype), _array((_QUERIES, heads), jnp.float32),
+      _array((_QUERIES,)), _pool(shape), _per_kv(shape, jnp.int32), _TABLES, _LENGTHS, _SCALAR, _SCALAR)
+  return Program(lambda *args: column_scores(*args, scale=0.1, power=2, buffer=10), args)
+
+
+def _compact(shape: backends.Shape) -> Program:
+  rows = _LAYERS * _HEADS
+  kvs = _BLOCKS_PER_HEAD * shape.block_size
+  args = (
+      _pool(shape), _per_kv(shape, jnp.float32), _per_kv(shape, jnp.int32), _array((rows, kvs), jnp.bool_),
+      _array((rows, _BLOCKS_PER_HEAD)), _array((rows,)), _array((rows,)))
+  return Program(compact_kv, args, (0, 1, 2))
+
+
+def _count(shape: backends.Shape) -> Program:
+  del shape
+  return Program(count_at_most, (_array((256, 8192), jnp.uint32), _array((256, 15), jnp.uint32), _array((256,))))
+
+
+_PROGRAMS: dict[str, dict[str, Callable[[backends.Shape], Program]]] = {
+    "paged_decode": {
+        "plain": lambda shape: _decode(shape, buffer=None),
+        "scored": lambda shape: _decode(shape, buffer=0),
+        "scored, buffer": lambda shape: _decode(shape, buffer=10),
+    },
+    "paged_prefill": {"plain": _prefill},
+    "column_scores": {"plain": _column_scores},
+    "compact_kv": {"plain": _compact},
+    "count_at_most": {"plain": _count},
+}
+"""Op -> what is compiled of it. An op of the table that is missing here fails the run."""
