@@ -12,6 +12,7 @@ from kvc_jax.cache.state import check_invariants
 from kvc_jax.eviction.score_random import RandomScore
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.eviction.step import evict
+from kvc_jax.kernels import backends
 
 LAYERS, SLOTS, HEADS, MAX_TOKENS = 2, 4, 3, 48
 CASES_PER_SETTING = 25
@@ -65,13 +66,32 @@ def test_equals_oracle(allocation, block_size):
   """225 random caches in all: ties, empty heads, partial blocks, all protected, budget above
   length; two sequences in one call beside one that is left alone."""
   rng = np.random.default_rng(SETTINGS.index((allocation, block_size)))
+  _check_random_caches(rng, allocation, block_size, CASES_PER_SETTING)
+
+
+def test_four_bits_a_step_find_the_same(monkeypatch):
+  """The search as GPUs run it, with 15 thresholds at a time."""
+  monkeypatch.setattr("kvc_jax.eviction.select.bits_per_step", lambda: 4)
+  jax.clear_caches()
+  _check_random_caches(np.random.default_rng(7), "all", 4, 10)
+  jax.clear_caches()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("allocation", "block_size"), [("all", 8), ("layer", 8), ("head", 8), ("all", 16)])
+def test_equals_oracle_on_gpu(allocation, block_size):
+  with backends.use("triton"):
+    _check_random_caches(np.random.default_rng(block_size), allocation, block_size, 10, head_dim=64)
+
+
+def _check_random_caches(rng, allocation, block_size, cases, **shape):
   max_blocks = -(-MAX_TOKENS // block_size)
-  for _ in range(CASES_PER_SETTING):
+  for _ in range(cases):
     slots = [int(s) for s in rng.permutation(SLOTS)[:3]]
     sequences = {slot: _random_sequence(rng) for slot in slots}
     state = build_cache(
         rng, sequences, slots=SLOTS, block_size=block_size, max_blocks=max_blocks,
-        num_blocks=SLOTS * LAYERS * HEADS * max_blocks + 1)
+        num_blocks=SLOTS * LAYERS * HEADS * max_blocks + 1, **shape)
     check_invariants(state)
     requests = [_random_request(rng, sequences[slot][0]) for slot in slots[:2]]
     rows = np.array([[s, *r] for s, r in zip(slots[:2], requests, strict=True)] + [[SLOTS, 1, 1, 0]], np.int32).T
@@ -84,6 +104,44 @@ def test_equals_oracle(allocation, block_size):
     assert held_kvs(new, slots[2]) == held_kvs(state, slots[2])
     assert int(report.freed_blocks[2]) == 0
     assert int(new.free_count) == int(state.free_count) + int(report.freed_blocks.sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("allocation", ["all", "layer", "head"])
+def test_gpu_and_xla_choose_the_same(allocation, ties):
+  """Three sequences of thousands of tokens, heads of unequal lengths; every KV's position and score."""
+  rng = np.random.default_rng(ties)
+  sequences = {}
+  for slot in range(3):
+    seen = int(rng.integers(2000, 3000))
+    counts = rng.integers(0, seen + 1, (LAYERS, HEADS))
+    scores = rng.integers(0, 50, (LAYERS, HEADS, seen)) if ties else rng.exponential(size=(LAYERS, HEADS, seen))
+    sequences[slot] = (seen, [
+        [[(int(p), float(np.float32(scores[i, h, p]))) for p in rng.permutation(seen)[: counts[i, h]]]
+         for h in range(HEADS)] for i in range(LAYERS)])
+  state = build_cache(rng, sequences, slots=3, block_size=16, max_blocks=200, num_blocks=3700, head_dim=64)
+  rows = np.array([[0, 300, 32, 4], [1, 100, 0, 0], [2, 700, 64, 0]], np.int32).T
+  held = []
+  for backend in ("triton", "xla"):
+    with backends.use(backend):
+      new, _ = _jitted(allocation)(state, *rows)
+    check_invariants(new)
+    held.append([held_kvs(new, slot) for slot in range(3)])
+  assert held[0] == held[1]
+
+
+def test_a_bound_of_the_lengths_changes_nothing():
+  rng = np.random.default_rng(3)
+  sequences = {0: _random_sequence(rng), 2: _random_sequence(rng)}
+  state = build_cache(rng, sequences, slots=3, block_size=4, max_blocks=20, num_blocks=200)
+  rows = np.array([[2, 5, 1, 0], [0, 3, 0, 0]], np.int32).T
+  whole = evict(state, *rows, rule=WindowAttention())
+  bounded = evict(state, *rows, rule=WindowAttention(), max_tokens=MAX_TOKENS)
+  for slot in (0, 2):
+    assert held_kvs(whole[0], slot) == held_kvs(bounded[0], slot) != held_kvs(state, slot)
+  check_invariants(bounded[0])
+  np.testing.assert_array_equal(whole[1].lengths, bounded[1].lengths)
 
 
 def test_hand_worked():
