@@ -135,6 +135,12 @@ def _max_pool(sums: jax.Array, width: int) -> jax.Array:
 
 def _add_scores(state: CacheState, layer, slot, gain: jax.Array) -> CacheState:
   """Adds gain [H, M*P], in the order of each head's list, to the pool's scores."""
+  heads, columns = state.tables.shape[2:]
   held = jnp.arange(gain.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
-  gain = jnp.where(held, gain, 0.0).reshape(*state.tables.shape[2:], state.block_size)
-  return dataclasses.replace(state, scores=state.scores.at[state.tables[layer, slot]].add(gain))
+  gain = jnp.where(held, gain, 0.0).reshape(heads, columns, state.block_size)
+  # Table padding goes to blocks behind the pool, which are dropped: all of it on the null
+  # block would be one long queue of atomic additions.
+  entry = jnp.arange(heads * columns, dtype=jnp.int32).reshape(heads, columns)
+  blocks = jnp.where(held[:, :: state.block_size], state.tables[layer, slot], state.num_blocks + entry)
+  scores = state.scores.at[blocks].add(gain, mode="drop", unique_indices=True)
+  return dataclasses.replace(state, scores=scores)

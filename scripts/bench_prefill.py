@@ -1,0 +1,213 @@
+"""Times prefill of the Llama-3.1-8B shape: the attention alone beside torch's, and whole chunks with their scores.
+
+    python scripts/bench_prefill.py [--only attention chunk] [--tokens 8192] [--out FOLDER]
+
+Writes docs/results/prefill.json. A share of peak is model FLOPs (two per parameter of the
+layers and token, and the products of attention that the causal mask leaves) over the
+rate of an 8192^3 bfloat16 product measured in the same run.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import bench_common
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_common import Timing, time_calls
+from flax import nnx
+
+from kvc_jax.attention.prefill import init_observation
+from kvc_jax.cache.state import CacheState
+from kvc_jax.engine import steps
+from kvc_jax.eviction.score_full import FullAttention
+from kvc_jax.eviction.score_window import WindowAttention
+from kvc_jax.kernels.paged_prefill import paged_prefill
+
+CONFIG = bench_common.llama_8b()
+GROUP = CONFIG.num_heads // CONFIG.num_kv_heads
+_ZERO = jnp.int32(0)
+
+
+def prefix_lengths(kind: str, tokens: int, layers: int) -> np.ndarray:
+  """KVs before the chunk, i32 [L, 1, H]: none, a chunk's in each head, or ragged from 1/16 of that to all of it."""
+  shape = layers, 1, CONFIG.num_kv_heads
+  if kind == "ragged":
+    lengths = np.exp(np.random.default_rng(0).uniform(np.log(tokens / 16), np.log(tokens), shape))
+    return lengths.astype(np.int32)
+  return np.full(shape, tokens if kind == "full" else 0, np.int32)
+
+
+def attention_flops(tokens: int, lengths: np.ndarray) -> float:
+  """Products of attention under the causal mask, for all layers in `lengths` [L, 1, H]."""
+  pairs = lengths.size * tokens * (tokens + 1) / 2 + tokens * float(lengths.sum())
+  return 4.0 * pairs * GROUP * CONFIG.head_dim
+
+
+def layer_parameters() -> int:
+  """Parameters of the layers' products: embedding, head and norms left out."""
+  c = CONFIG
+  attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+  return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+
+
+def _row(what: str, timing: Timing, flops: float, peak: float, **more: Any) -> dict[str, Any]:
+  return {"what": what, **more, **timing.row(), "tflops": flops / timing.median / 1e12,
+          "share_of_peak": flops / timing.median / peak}
+
+
+# --------------------------------------------------------------------------- attention alone
+
+
+def attention_rows(tokens: int, peak: float) -> Iterator[dict[str, Any]]:
+  """One layer's attention of a chunk, over each kind of prefix."""
+  q_key, k_key, v_key = jax.random.split(jax.random.key(0), 3)
+  q = jax.random.normal(q_key, (tokens, CONFIG.num_heads, CONFIG.head_dim), jnp.bfloat16)
+  k, v = (jax.random.normal(key, (tokens, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.bfloat16)
+          for key in (k_key, v_key))
+
+  @jax.jit
+  def attend(q, k, v, state):
+    out, _ = paged_prefill(
+        q, k, v, state.kv, state.tables, state.lengths[0, 0], _ZERO, _ZERO, jnp.int32(tokens),
+        scale=CONFIG.head_dim**-0.5)
+    return out
+
+  for kind in ("none", "full", "ragged"):
+    lengths = prefix_lengths(kind, tokens, 1)
+    state = bench_common.make_cache(
+        lengths, head_dim=CONFIG.head_dim, max_blocks_per_head=4 * tokens // 16, spare_blocks=1)
+    timing, _ = time_calls(lambda q, state=state: attend(q, k, v, state), q)
+    yield _row(f"attention, prefix {kind}", timing, attention_flops(tokens, lengths), peak)
+
+
+def torch_rows(tokens: int, peak: float) -> Iterator[dict[str, Any]]:
+  """torch's attention of one chunk without prefix, in a process of its own."""
+  done = subprocess.run(
+      [sys.executable, __file__, "--torch", "--tokens", str(tokens)], capture_output=True, text=True, check=False)
+  for line in done.stdout.splitlines():
+    row = json.loads(line)
+    timing = Timing(row["seconds"], row["least"], row["most"])
+    yield _row(row["what"], timing, attention_flops(tokens, prefix_lengths("none", tokens, 1)), peak)
+  if done.returncode:
+    yield {"what": "torch", "error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+
+
+def run_torch(tokens: int) -> None:
+  """Prints a JSON line for each of torch's attention backends."""
+  import torch
+  from torch.nn import attention, functional
+
+  shape = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+  q = shape(1, CONFIG.num_heads, tokens, CONFIG.head_dim)
+  k, v = (shape(1, CONFIG.num_kv_heads, tokens, CONFIG.head_dim) for _ in range(2))
+  for backend in (attention.SDPBackend.CUDNN_ATTENTION, attention.SDPBackend.FLASH_ATTENTION):
+    times = []
+    with attention.sdpa_kernel(backend):
+      for _ in range(6):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(20):
+          functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) / 20 / 1e3)
+    times = times[1:]
+    print(json.dumps({"what": f"torch SDPA, {backend.name}", "seconds": statistics.median(times),
+                      "least": min(times), "most": max(times)}))
+
+
+# --------------------------------------------------------------------------- whole chunks
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _rewind(state: CacheState, start: dict[str, jax.Array]) -> CacheState:
+  """The cache as before the chunk; the chunk's KVs are written over."""
+  return dataclasses.replace(state, **jax.tree.map(jnp.copy, start))
+
+
+def _cache(tokens: int, kind: str) -> tuple[CacheState, dict[str, jax.Array]]:
+  """A cache with room for one more chunk, and what `_rewind` needs to come back to it."""
+  lengths = prefix_lengths(kind, tokens, CONFIG.num_layers)
+  room = lengths.size * (-(-tokens // 16) + 1)
+  state = bench_common.make_cache(
+      lengths, head_dim=CONFIG.head_dim, max_blocks_per_head=4 * tokens // 16, spare_blocks=room)
+  names = ("tables", "lengths", "num_tokens", "free_ids", "free_count")
+  return state, {name: jnp.copy(getattr(state, name)) for name in names}
+
+
+def _time_chunk(model, tokens: int, kind: str, rule) -> tuple[Timing, CacheState, Any]:
+  """Time of one `prefill_chunk` behind a prefix of that kind; also the cache and observation it leaves."""
+  state, start = _cache(tokens, kind)
+  ids = jnp.arange(tokens, dtype=jnp.int32) * 7 % CONFIG.vocab_size
+
+  def observe():
+    return init_observation(rule, CONFIG.num_layers, CONFIG.num_heads, CONFIG.head_dim, jnp.bfloat16)
+
+  def step(carry):
+    state = _rewind(carry[0], start)
+    logits, ok, state, observation = steps.prefill_chunk(
+        model, state, observe(), ids, _ZERO, jnp.int32(tokens), rule=rule)
+    return state, observation, logits, ok
+
+  timing, (state, observation, logits, ok) = time_calls(step, (state,), repeats=2, rounds=5)
+  assert bool(ok), "the chunk did not get its blocks"
+  assert bool(jnp.isfinite(logits).all()), "a logit is not finite"
+  return timing, state, observation
+
+
+def chunk_rows(tokens: int, peak: float) -> Iterator[dict[str, Any]]:
+  """`prefill_chunk` of the whole model, over each kind of prefix and with each way to score."""
+  model = bench_common.random_model(CONFIG)
+  jax.block_until_ready(nnx.state(model))
+  cases: tuple[tuple[str, Any], ...] = (
+      ("none", None), ("none", WindowAttention()), ("full", None), ("ragged", None), ("none", FullAttention()))
+  for kind, rule in cases:
+    timing, state, observation = _time_chunk(model, tokens, kind, rule)
+    flops = 2.0 * layer_parameters() * tokens + attention_flops(tokens, prefix_lengths(kind, tokens, CONFIG.num_layers))
+    scores = type(rule).__name__ if rule else "none"
+    yield _row(f"chunk, prefix {kind}", timing, flops, peak, scores=scores)
+    if rule is not None and rule.observed == "last":
+      score = functools.partial(steps.score_prompt, scale=CONFIG.head_dim**-0.5, rule=rule)
+      timing, _ = time_calls(lambda s, o=observation, f=score: f(s, o, _ZERO), state)
+      yield {"what": "score_prompt behind it", "scores": scores, **timing.row()}
+
+
+PARTS: dict[str, tuple[Callable[[int, float], Iterator[dict[str, Any]]], ...]] = {
+    "attention": (attention_rows, torch_rows), "chunk": (chunk_rows,)}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--only", nargs="+", choices=PARTS, default=tuple(PARTS))
+  parser.add_argument("--tokens", type=int, default=8192, help="tokens of a chunk")
+  parser.add_argument("--out", default=bench_common.RESULTS, help="folder for prefill.json")
+  parser.add_argument("--torch", action="store_true", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.torch:
+    run_torch(args.tokens)
+    return
+  warnings.filterwarnings("ignore", category=DeprecationWarning)  # lowering a Triton kernel warns
+  peak = bench_common.matmul_rate()
+  rows = []
+  for part in args.only:
+    for measure in PARTS[part]:
+      for row in measure(args.tokens, peak):
+        rows.append(row)
+        bench_common.print_table([row])
+  path = bench_common.write_results(
+      "prefill", rows, folder=args.out, matmul_flops_per_second=peak, tokens=args.tokens,
+      layer_parameters=layer_parameters())
+  print(f"matmul {peak / 1e12:.0f} TFLOP/s; wrote {path}")
+
+
+if __name__ == "__main__":
+  main()
