@@ -1,0 +1,444 @@
+"""Pallas Mosaic GPU version of `paged_decode`, for Hopper GPUs.
+
+Two kernels, as in paged_decode_triton, which has the second one: the first streams
+each KV once and leaves unnormalised outputs of equal shares of work (stream_k).
+
+A CTA is two warpgroups. The producer reads block tables and copies K and V, block by
+block, into a ring in shared memory (TMA); the consumer multiplies. Queries are few,
+so they are the narrow side of the tensor core's product: logits [tile, heads] =
+K q^T and output [D, heads] = V^T p^T.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kvc_jax.kernels import backends, stream_k
+from kvc_jax.kernels import paged_decode_triton as triton
+from kvc_jax.kernels.observed import Observed
+
+_LOG2E = math.log2(math.e)
+_MATRIX = plgpu.Layout.WGMMA
+_BY_HEAD = plgpu.Layout.WGMMA.reduce(0)
+_BY_TOKEN = plgpu.Layout.WGMMA.reduce(1)
+_Q_SLOTS = 2
+"""The next pair's queries are copied while this one's are in use."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """How the first kernel is laid out.
+
+  Attributes:
+    tile: KVs per step, a multiple of 64 and of the block size.
+    stages: tiles in the ring.
+    waves: CTAs and their part of the work; see stream_k.schedule.
+  """
+
+  tile: int = 64
+  stages: int
+  waves: tuple[tuple[int, float], ...]
+
+  @property
+  def ctas(self) -> int:
+    return sum(ctas for ctas, _ in self.waves)
+
+
+_SHARED_BYTES = 227 * 1024
+"""Of a Hopper multiprocessor, for one CTA; two get a KiB less than half each."""
+
+
+def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config:
+  """The measured choice for a pool [N, 2, P, D] and `columns` query rows of a tile, padded.
+
+  Two CTAs share a multiprocessor where registers and at least three stages let them.
+  """
+  _, _, _, head_dim = kv.shape
+  cores, tile, itemsize = backends.num_cores(), 64, kv.dtype.itemsize
+  stage = tile * (2 * head_dim * itemsize + 8)  # with scores and positions
+  fixed = columns * (head_dim * ((_Q_SLOTS + 1) * itemsize + 4) + tile * itemsize) + 4 * 1024
+  for ctas in (2, 1) if columns == 8 else (1,):
+    stages = (_SHARED_BYTES // ctas - (ctas - 1) * 1024 - fixed) // stage
+    if stages >= 3:
+      break
+  return Config(tile=tile, stages=min(stages, 6), waves=((ctas * cores, 1.0),))
+
+
+def paged_decode(
+    q: jax.Array,
+    kv: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    layer: jax.Array,
+    observed: Observed | None = None,
+    *,
+    scale: float,
+    power: int = 2,
+    buffer: int = 0,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, Observed | None]:
+  """See `paged_decode.paged_decode`; `interpret` runs on the CPU, for tests."""
+  columns = _columns(q.shape[1] // tables.shape[2], observed is not None)
+  config = config or default_config(kv, columns)
+  plan = triton._Plan.of(q, kv, tables, config, observed, scale, power, buffer)
+  packed = stream_k.schedule(lengths, tile=config.tile, waves=config.waves)
+  walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
+  partials, observed = _attend(plan, q, kv, walk, observed, interpret=interpret)
+  return triton._merge(plan, partials, walk, q, observed, interpret=interpret)
+
+
+def _columns(group, observes) -> int:
+  """Query rows of a tile: the group, then the observed group, padded to the tensor core's columns."""
+  return pl.next_power_of_2(max(8, group * (2 if observes else 1)))
+
+
+def _tiled(shape, dtype):
+  """Shared memory in the layout that the tensor core reads."""
+  return plgpu.SMEM(shape, dtype, transforms=(
+      plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)))
+
+
+def _row_layout(width):
+  """A row [1, width] spread over a warpgroup's threads."""
+  across = min(128, width)
+  warps = (-3,) if across == 128 else (-3, plgpu.Replicated(128 // across))
+  return plgpu.Layout.TILED(plgpu.Tiling(((1, across), (32,), (1,))), warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
+
+
+def _attend(plan, q, kv, walk, observed, *, interpret):
+  """Partial outputs f32 [slots*G, D], maxima and sums f32 [slots*G]; and `observed`, scores updated."""
+  config, group, head_dim, heads = plan.config, plan.group, plan.head_dim, _columns(plan.group, plan.observes)
+  tile, stages, blocks = config.tile, config.stages, config.tile // plan.block_size
+  copies = 2 * blocks
+  scratch = dict(
+      q_raw=plgpu.SMEM((_Q_SLOTS, heads, head_dim), q.dtype),
+      q=_tiled((heads, head_dim), q.dtype),
+      k=_tiled((stages, tile, head_dim), kv.dtype),
+      v=_tiled((stages, tile, head_dim), kv.dtype),
+      p=_tiled((heads, tile), kv.dtype),
+      out=plgpu.SMEM((head_dim, heads), jnp.float32),
+      by_head=plgpu.SMEM((heads,), jnp.float32),
+  )
+  inputs = [q.reshape(-1, head_dim), kv.reshape(-1, head_dim), *walk]
+  scores = None
+  if observed is not None:
+    scores = jax.new_ref(observed.scores)
+    inputs += [observed.queries.reshape(-1, head_dim), observed.log_sums.reshape(-1), observed.query_positions,
+               observed.positions, scores]
+    copies += blocks * (2 if plan.buffer else 1)
+    scratch |= dict(scores=plgpu.SMEM((stages, tile), jnp.float32), new_scores=plgpu.SMEM((tile,), jnp.float32))
+    if plan.buffer:
+      scratch |= dict(positions=plgpu.SMEM((stages, tile), jnp.int32))
+  scratch |= dict(
+      q_full=plgpu.Barrier(num_arrivals=2 if plan.observes else 1, num_barriers=_Q_SLOTS),
+      q_empty=plgpu.Barrier(num_barriers=_Q_SLOTS),
+      full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+      empty=plgpu.Barrier(num_barriers=stages))
+  rows = plan.slots * group
+  run = plgpu.kernel(
+      functools.partial(_attend_kernel, plan=plan),
+      out_type=[jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, head_dim), (rows,), (rows,))],
+      scratch_types=[scratch], grid=(config.ctas,), grid_names=("cta",), num_threads=2, thread_name="warpgroup",
+      # Barriers are where they are needed: the default puts one around each access to shared memory.
+      compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+      **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+  )
+  partials = run(*inputs)
+  if observed is not None:
+    observed = observed._replace(scores=jax.freeze(scores))
+  return partials, observed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cta:
+  """What both warpgroups of one CTA walk through.
+
+  Attributes:
+    plan: static numbers.
+    row: this layer's plan of work.
+    layer: i32 [].
+    index: i32 [] of this CTA.
+    refs: global memory, by name.
+    smem: shared memory and barriers, by name.
+  """
+
+  plan: Any
+  row: stream_k.Row
+  layer: jax.Array
+  index: jax.Array
+  refs: dict[str, Any]
+  smem: dict[str, Any]
+
+  def for_each_pair(self, body):
+    """Calls body(pair, table row, first tile of the pair in this CTA's ring, begin, end, how many pairs before)."""
+    first, stop, low, high = self.row.cta(self.index)
+
+    def visit(pair, count):
+      start = self.row.start(pair)
+      begin, end = jnp.maximum(low - start, 0), jnp.minimum(high, self.row.start(pair + 1)) - start
+      pl.when(end > begin)(lambda: body(pair, self.layer * self.plan.pairs + pair, start - low, begin, end, count))
+      return count + (end > begin).astype(jnp.int32)
+
+    return high - low, lax.fori_loop(first, stop, visit, jnp.int32(0))
+
+  def blocks(self, table_row, tile):
+    """Block ids of a tile; behind the table row's end any."""
+    count = self.plan.config.tile // self.plan.block_size
+    at = table_row * self.plan.max_blocks + tile * count
+    tables = self.refs["tables"]
+    if self.plan.max_blocks % count == 0:
+      return tuple(tables[at + j] for j in range(count))
+    return tuple(tables[jnp.minimum(at + j, tables.shape[0] - 1)] for j in range(count))
+
+
+def _attend_kernel(*refs, plan):
+  names = ["q", "kv", "layer", "tables", "lengths", "plan"]
+  if plan.observes:
+    names += ["queries", "log_sums", "query_positions", "positions", "scores"]
+  names += ["out", "top", "sum"]
+  *refs, smem = refs
+  refs = dict(zip(names, refs, strict=True))
+  layer = refs["layer"][0]
+  cta = _Cta(plan, plan.row(refs["plan"], layer, plan.config.ctas), layer, lax.axis_index("cta"), refs, smem)
+  warpgroup = lax.axis_index("warpgroup")
+  pl.when(warpgroup == 0)(lambda: _consume(cta))
+  pl.when(warpgroup == 1)(lambda: _produce(cta))
+
+
+# ---------------------------------------------------------------------------------- producer
+
+
+def _produce(cta):
+  """Copies queries of the pairs, and blocks of the tiles, as the rings become free."""
+  plan, smem, stages = cta.plan, cta.smem, cta.plan.config.stages
+
+  def visit(pair, table_row, ring, begin, end, count):
+    _copy_queries(cta, pair, table_row, count)
+
+    def tile_body(tile, blocks):
+      slot = lax.rem(ring + tile, stages)
+      following = cta.blocks(table_row, jnp.minimum(tile + 1, end - 1))  # long before they are needed
+      pl.when(ring + tile >= stages)(lambda: plgpu.barrier_wait(smem["empty"].at[slot]))
+      _copy_blocks(cta, blocks, slot)
+      return following
+
+    lax.fori_loop(begin, end, tile_body, cta.blocks(table_row, begin))
+
+  tiles, pairs = cta.for_each_pair(visit)
+  # A barrier's every phase must have been seen before the kernel ends.
+  _wait_for_last(smem["empty"], tiles, stages)
+  _wait_for_last(smem["q_empty"], pairs, _Q_SLOTS)
+
+
+def _wait_for_last(barrier, uses, slots):
+  def body(use, carry):
+    plgpu.barrier_wait(barrier.at[lax.rem(use, slots)])
+    return carry
+
+  lax.fori_loop(jnp.maximum(uses - slots, 0), uses, body, None)
+
+
+def _copy_queries(cta, pair, table_row, count):
+  group, smem = cta.plan.group, cta.smem
+  slot = lax.rem(count, _Q_SLOTS)
+  pl.when(count >= _Q_SLOTS)(lambda: plgpu.barrier_wait(smem["q_empty"].at[slot]))
+  sources = [(cta.refs["q"], pair)]
+  if cta.plan.observes:
+    sources.append((cta.refs["queries"], table_row))
+  for i, (ref, index) in enumerate(sources):
+    plgpu.copy_gmem_to_smem(
+        ref.at[pl.ds(index * group, group)], smem["q_raw"].at[slot, pl.ds(i * group, group)], smem["q_full"].at[slot])
+
+
+def _copy_blocks(cta, blocks, slot):
+  """Starts the copies of one tile's K, V, scores and positions."""
+  plan, refs, smem, size = cta.plan, cta.refs, cta.smem, cta.plan.block_size
+  rows = [pl.multiple_of(block * (2 * size), size) for block in blocks]
+  value_rows = [pl.multiple_of(block * (2 * size) + size, size) for block in blocks]
+  full = smem["full"].at[slot]
+
+  @plgpu.warp_map
+  def _(warp):
+    @pl.when(warp == 0)
+    def _():
+      for j, block in enumerate(blocks):
+        to = pl.ds(j * size, size)
+        plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(rows[j], size)], smem["k"].at[slot, to], full)
+        plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(value_rows[j], size)], smem["v"].at[slot, to], full)
+        if plan.observes:
+          _copy_row(refs["scores"].at[block], smem["scores"].at[slot, to], full)
+          if plan.buffer:
+            _copy_row(refs["positions"].at[block], smem["positions"].at[slot, to], full)
+
+
+def _copy_row(source, target, barrier):
+  """Copies a row without a tensor map, which would want `target` aligned to 128 bytes."""
+  plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+
+# ---------------------------------------------------------------------------------- consumer
+
+
+def _consume(cta):
+  """Attends to the tiles of one pair after the other."""
+  plan, smem = cta.plan, cta.smem
+  tile_size, heads, head_dim = plan.config.tile, _columns(plan.group, plan.observes), plan.head_dim
+
+  def visit(pair, table_row, ring, begin, end, count):
+    q_slot = lax.rem(count, _Q_SLOTS)
+    length = cta.refs["lengths"][table_row]
+    behind = _Behind.of(cta, pair, table_row, length) if plan.observes else None
+    plgpu.barrier_wait(smem["q_full"].at[q_slot])
+    smem["q"].T[...] = plgpu.load(smem["q_raw"].at[q_slot].T, layout=_MATRIX, optimized=False)
+    plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
+    plgpu.commit_smem()
+    top = plgpu.layout_cast(jnp.full((heads,), -jnp.inf, jnp.float32), _BY_HEAD)
+    acc, top, total = lax.fori_loop(
+        begin, end, functools.partial(_attend_tile, cta, table_row, ring, length, behind), (
+            plgpu.layout_cast(jnp.zeros((head_dim, heads), jnp.float32), _MATRIX),
+            top if behind is None else behind.log_sums(top),
+            plgpu.layout_cast(jnp.zeros((tile_size, heads), jnp.float32), _MATRIX)))
+    _store_partial(cta, pair, acc, top, jnp.sum(total, axis=0))
+
+  cta.for_each_pair(visit)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _attend_tile(cta, table_row, ring, length, behind, tile, carry):
+  """One tile: acc f32 [D, heads] and top f32 [heads] as usual, total f32 [tile, heads] not yet summed."""
+  plan, smem = cta.plan, cta.smem
+  size, heads, head_dim = plan.config.tile, _columns(plan.group, plan.observes), plan.head_dim
+  acc, top, total = carry
+  slot = lax.rem(ring + tile, plan.config.stages)
+  if behind is not None:
+    blocks = cta.blocks(table_row, tile)
+  plgpu.barrier_wait(smem["full"].at[slot])
+  # What lies behind a head's end may be anything, NaN too, and 0 * NaN is NaN.
+  pl.when((tile + 1) * size > length)(lambda: _zero_behind_end(cta, slot, length - tile * size))
+
+  def multiply_keys(ref):
+    plgpu.wgmma(ref, smem["k"].at[slot], smem["q"].T)
+    return ref[...]
+
+  logits = pl.run_scoped(multiply_keys, plgpu.ACC((size, heads), jnp.float32)) * (plan.scale * _LOG2E)
+  token = tile * size + plgpu.broadcasted_iota(jnp.int32, (size, heads), 0, layout=_MATRIX)
+  logits = jnp.where(token < length, logits, -jnp.inf)
+  new_top = jnp.maximum(top, jnp.max(logits, axis=0))
+  if behind is not None:
+    new_top = behind.keep(top, new_top)
+  decay = jnp.exp2(top - new_top)
+  weights = jnp.exp2(logits - _over(new_top, size))
+  smem["p"].T[...] = weights.astype(smem["p"].dtype)
+  if behind is not None:
+    behind.add(slot, tile, weights)
+  plgpu.commit_smem()
+  if behind is not None:
+    behind.store(blocks, tile)
+
+  def multiply_values(ref):
+    plgpu.wgmma(ref, smem["v"].at[slot].T, smem["p"].T)
+    return ref[...]
+
+  acc = acc * _over(decay, head_dim) + pl.run_scoped(multiply_values, plgpu.ACC((head_dim, heads), jnp.float32))
+  plgpu.barrier_arrive(smem["empty"].at[slot])
+  return acc, new_top, total * _over(decay, size) + weights
+
+
+def _over(by_head, rows):
+  """[heads] -> [rows, heads]."""
+  return lax.broadcast_in_dim(by_head, (rows, by_head.shape[0]), (1,))
+
+
+def _zero_behind_end(cta, slot, held):
+  """Zeroes a tile's values from row `held` on."""
+  values = cta.smem["v"].at[slot]
+  for part in range(cta.plan.config.tile // 64):  # few registers at a time
+    rows = values.at[pl.ds(part * 64, 64)]
+    row = part * 64 + plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=_MATRIX)
+    old = plgpu.load(rows, layout=_MATRIX)
+    rows[...] = jnp.where(row < held, old, jnp.zeros_like(old))
+
+
+def _store_partial(cta, pair, acc, top, total):
+  """Leaves what this CTA found for a pair: the first G columns of acc [D, heads], top and total [heads]."""
+  group, refs, smem = cta.plan.group, cta.refs, cta.smem
+  at = (cta.index + pair) * group
+  smem["out"][...] = acc
+  plgpu.commit_smem()
+  for g in range(group):
+    row = plgpu.load(smem["out"].at[:, pl.ds(g, 1)].T, layout=_row_layout(cta.plan.head_dim), optimized=False)
+    refs["out"].at[pl.ds(at + g, 1)][...] = row
+  for ref, values in ((refs["top"], top), (refs["sum"], total)):
+    smem["by_head"][...] = values
+    plgpu.commit_smem()
+    for g in range(group):
+      ref[at + g] = smem["by_head"][g]
+    plgpu.commit_smem()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Behind:
+  """The score update of one pair: the observed queries, columns [G, 2G), are one step behind.
+
+  Attributes:
+    cta: as elsewhere.
+    table_row: i32 [] of the pair.
+    newest: i32 [] the newest position that counts; below all where none does.
+    length: i32 [] KVs of the pair; the last one is newer than the observed query.
+  """
+
+  cta: _Cta
+  table_row: jax.Array
+  newest: jax.Array
+  length: jax.Array
+
+  @classmethod
+  def of(cls, cta, pair, table_row, length):
+    newest = cta.refs["query_positions"][lax.div(pair, jnp.int32(cta.plan.heads))] - cta.plan.buffer
+    return cls(cta, table_row, newest, length)
+
+  def _head(self):
+    return plgpu.broadcasted_iota(jnp.int32, (_columns(self.cta.plan.group, self.cta.plan.observes),), 0, layout=_BY_HEAD)
+
+  def log_sums(self, top):
+    """`top` with the observed columns' log-sum-exp, base 2: their weights are then probabilities."""
+    group, head = self.cta.plan.group, self._head()
+    for g in range(group):
+      top = jnp.where(head == group + g, self.cta.refs["log_sums"][self.table_row * group + g] * _LOG2E, top)
+    return top
+
+  def keep(self, top, new_top):
+    """new_top, but in the observed columns `top`."""
+    return jnp.where(self._head() < self.cta.plan.group, new_top, top)
+
+  def add(self, slot, tile, weights):
+    """Adds the observed columns of weights [tile, heads] to a tile's scores, in shared memory."""
+    plan, smem, size = self.cta.plan, self.cta.smem, self.cta.plan.config.tile
+    head = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=_MATRIX)
+    chances = jnp.where((head >= plan.group) & (head < 2 * plan.group), weights, 0.0)
+    gain = jnp.sum(chances * chances if plan.power == 2 else chances, axis=1)
+    token = tile * size + plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=_BY_TOKEN)
+    counted = (token < self.length - 1) & (self.newest >= 0)
+    if plan.buffer:
+      counted &= plgpu.load(smem["positions"].at[slot], layout=_BY_TOKEN, optimized=False) <= self.newest
+    old = plgpu.load(smem["scores"].at[slot], layout=_BY_TOKEN, optimized=False)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
+    smem["new_scores"][...] = jnp.where(counted, old + gain, old)
+
+  def store(self, blocks, tile):
+    """Copies a tile's new scores to their blocks."""
+    plan, size = self.cta.plan, self.cta.plan.block_size
+    for j, block in enumerate(blocks):
+      # Behind the end: to the null block, for the table has another head's blocks there.
+      block = jnp.where(tile * plan.config.tile + j * size < self.length, block, 0)
+      plgpu.copy_smem_to_gmem(
+          self.cta.smem["new_scores"].at[pl.ds(j * size, size)], self.cta.refs["scores"].at[block], commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
