@@ -17,6 +17,10 @@ from kvc_jax.eviction.step import Allocation, Eviction
 from kvc_jax.eviction.step import evict as evict_step
 from kvc_jax.model.llama import Llama
 
+# XLA counts the pool again for each update in place, sees memory run out, and would compute small
+# things anew in every layer instead of keeping them.
+_WITHOUT_REMATERIALIZATION = {"xla_disable_hlo_passes": "rematerialization"}
+
 
 @functools.partial(jax.jit, static_argnames="rule", donate_argnames=("state", "observation"))
 def prefill_chunk(
@@ -60,7 +64,8 @@ def prefill_chunk(
   return model.logits(last[None])[0], ok[0], state, observation
 
 
-@functools.partial(jax.jit, static_argnames="rule", donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=_WITHOUT_REMATERIALIZATION)
 def decode_step(
     model: Llama,
     state: CacheState,
