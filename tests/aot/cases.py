@@ -1,12 +1,17 @@
-"""What is compiled ahead of time: every backend in backends.TABLE, on shapes that vary one number at a time."""
+"""What is compiled ahead of time: every backend in backends.TABLE, one number varied at a time; and whole steps."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kvc_jax.cache.state import CacheConfig, init_cache
+from kvc_jax.config import LlamaConfig, RopeConfig
+from kvc_jax.engine import steps
+from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.kernels import backends
 from kvc_jax.kernels.column_scores import column_scores
 from kvc_jax.kernels.compact_kv import compact_kv
@@ -14,6 +19,7 @@ from kvc_jax.kernels.count_at_most import count_at_most
 from kvc_jax.kernels.observed import Observed
 from kvc_jax.kernels.paged_decode import paged_decode
 from kvc_jax.kernels.paged_prefill import paged_prefill
+from kvc_jax.model.llama import abstract_llama
 
 POOL_BYTES = 1 << 30
 _LAYERS, _SEQS, _HEADS, _BLOCKS_PER_HEAD, _QUERIES = 4, 8, 2, 64, 256
@@ -28,11 +34,13 @@ class Program:
     run: the function.
     args: its arguments' shapes.
     donated: indices of the arguments that it must update in place.
+    static: keyword arguments, where `run` is jitted already.
   """
 
   run: Callable[..., Any]
   args: tuple[Any, ...]
   donated: tuple[int, ...] = ()
+  static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def donated_bytes(self) -> int:
@@ -42,32 +50,36 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One program of one op, for one backend."""
+  """One program.
 
+  Attributes:
+    name: for people.
+    op: a kernel of it must be in the compiled program.
+    backend: to compile for; "auto" takes the table's first.
+    shape: what it varies; None for a whole step.
+    program: builds it.
+  """
+
+  name: str
   op: str
   backend: str
-  variant: str
-  shape: backends.Shape
-
-  @property
-  def name(self) -> str:
-    shape = self.shape
-    return (f"{self.op}_{self.backend} {self.variant} {shape.query_dtype} on {shape.dtype} D{shape.head_dim} "
-            f"G{shape.group} P{shape.block_size}")
-
-  def program(self) -> Program:
-    return _PROGRAMS[self.op][self.variant](self.shape)
+  shape: backends.Shape | None
+  program: Callable[[], Program]
 
 
 def cases(capability: tuple[int, int]) -> Iterator[Case]:
-  """All cases that the table promises to a device of `capability`."""
+  """All that the table promises to a device of `capability`, and the steps of the engine."""
   for op, entries in backends.TABLE.items():
     for support in entries:
       low, high = support.capabilities
       if low <= capability <= high:
         for shape in _shapes(support):
-          for variant in _PROGRAMS[op]:
-            yield Case(op, support.backend, variant, shape)
+          for variant, build in _PROGRAMS[op].items():
+            name = (f"{op}_{support.backend} {variant} {shape.query_dtype} on {shape.dtype} D{shape.head_dim} "
+                    f"G{shape.group} P{shape.block_size}")
+            yield Case(name, op, support.backend, shape, functools.partial(build, shape))
+  for name, (op, step) in _STEPS.items():
+    yield Case(name, op, "auto", None, step)
 
 
 def _shapes(support: backends.Support) -> Iterator[backends.Shape]:
@@ -172,3 +184,34 @@ _PROGRAMS: dict[str, dict[str, Callable[[backends.Shape], Program]]] = {
     "count_at_most": {"plain": _count},
 }
 """Op -> what is compiled of it. An op of the table that is missing here fails the run."""
+
+
+def _state() -> Any:
+  """A cache of the 8B shape's heads, with a pool of POOL_BYTES."""
+  blocks = POOL_BYTES // (2 * 16 * 128 * 2)
+  config = CacheConfig(
+      num_layers=_LAYERS, num_slots=_SEQS, num_kv_heads=8, head_dim=128, num_blocks=blocks,
+      max_blocks_per_head=_BLOCKS_PER_HEAD, num_heads=32)
+  return jax.eval_shape(lambda: init_cache(config))
+
+
+def _decode_step(rule: WindowAttention | None) -> Program:
+  config = LlamaConfig(
+      vocab_size=1024, hidden_size=1024, intermediate_size=2048, num_layers=_LAYERS, num_heads=32, num_kv_heads=8,
+      head_dim=128, rms_norm_eps=1e-5, rope=RopeConfig())
+  args = (abstract_llama(config, jnp.bfloat16, stacked=False), _state(), _array((_SEQS,)), _array((_SEQS,), jnp.bool_))
+  return Program(steps.decode_step, args, (1,), {"rule": rule})
+
+
+def _evict_step() -> Program:
+  row = _array((_SEQS,))
+  static = {"rule": WindowAttention(), "allocation": "all"}
+  return Program(steps.evict, (_state(), row, row, row, row, row), (0,), static)
+
+
+_STEPS: dict[str, tuple[str, Callable[[], Program]]] = {
+    "decode_step": ("paged_decode", lambda: _decode_step(None)),
+    "decode_step, scored": ("paged_decode", lambda: _decode_step(WindowAttention())),
+    "evict": ("compact_kv", _evict_step),
+}
+"""Steps of the engine, with the op whose kernel must be found in them."""

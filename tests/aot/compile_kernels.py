@@ -105,7 +105,7 @@ def _check(target: str, case: Any) -> dict[str, Any]:
 
   with backends.use(case.backend, CAPABILITIES[target]):
     program = case.program()
-    compiled = compile_for(target, program.run, program.args, program.donated)
+    compiled = compile_for(target, program.run, program.args, program.donated, program.static)
   faults = [f"{kernel.name} spills {kernel.spills} bytes" for kernel in compiled.kernels
             if kernel.spills > SPILL_LIMIT]
   if not _own(case.op, compiled.kernels):

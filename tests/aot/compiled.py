@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,15 +54,26 @@ class Compiled:
   copies: tuple[int, ...]
 
 
-def compile_for(target: str, run: Callable[..., Any], args: Sequence[Any], donated: Sequence[int]) -> Compiled:
-  """Compiles `run(*args)` for the GPU `target` (a key of CAPABILITIES); args are pytrees of shapes."""
+def compile_for(
+    target: str, run: Callable[..., Any], args: Sequence[Any], donated: Sequence[int], static: Mapping[str, Any],
+) -> Compiled:
+  """Compiles `run(*args, **static)` for the GPU `target` (a key of CAPABILITIES).
+
+  Args:
+    target: a key of CAPABILITIES.
+    run: any function; one that is jitted keeps its own options.
+    args: pytrees of shapes.
+    donated: indices of args, where `run` is not jitted.
+    static: keyword arguments, where it is.
+  """
   config = (TARGETS / f"{target}.txtpb").read_text(encoding="utf-8")
   topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
   mesh = topologies.make_mesh(topology, (1,), ("x",))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tuple(args))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    lowered = jax.jit(run, donate_argnums=tuple(donated)).lower(*placed)
+    jitted = run if hasattr(run, "lower") else jax.jit(run, donate_argnums=tuple(donated))
+    lowered = jitted.lower(*placed, **static)
   with tempfile.TemporaryDirectory() as folder:
     log = pathlib.Path(folder) / "xla.log"
     os.environ["MOSAIC_GPU_DUMP_TO"], os.environ["MOSAIC_GPU_DUMP_PTXAS"] = folder, "1"
