@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
-[ $# -gt 0 ] || set -- -k sanitize
+[ $# -gt 0 ] || set -- tests/kernels -k "128-16-bfloat16 or count_at_most"
 # Plain allocations, each with its own bounds; from XLA's pool, one array's end is the next one's beginning.
 export XLA_PYTHON_CLIENT_ALLOCATOR=platform
 # CUDA graphs hide which kernel a fault belongs to.
