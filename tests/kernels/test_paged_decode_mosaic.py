@@ -1,0 +1,64 @@
+"""The Pallas Mosaic GPU decode kernel, interpreted on the CPU; on a GPU it runs in test_paged_decode_triton.py."""
+
+import jax.numpy as jnp
+import pytest
+from decode_problems import (
+    MUTATIONS,
+    expected_log_sums,
+    expected_output,
+    expected_scores,
+    make_problem,
+    mutate,
+    output_error,
+    score_error,
+)
+
+from kvc_jax.kernels import paged_decode_mosaic
+
+SCALE = 0.2
+SMALL = paged_decode_mosaic.Config(stages=2, waves=((3, 1.0),))
+TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3}
+
+
+def _problem(group, head_dim, block_size, dtype, max_tokens=192):
+  return make_problem(
+      group, group=group, head_dim=head_dim, block_size=block_size, max_blocks=max_tokens // block_size + 1, dtype=dtype)
+
+
+def _interpret(problem, layer, *observed, config=SMALL, **options):
+  return paged_decode_mosaic.paged_decode(
+      *problem.attention, jnp.int32(layer), *observed, scale=SCALE, config=config, interpret=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "block_size", "dtype"),
+    [(4, 128, 16, jnp.bfloat16), (1, 64, 8, jnp.float16), (9, 64, 32, jnp.bfloat16), (3, 256, 64, jnp.float16)])
+def test_equals_dense_attention(group, head_dim, block_size, dtype):
+  problem = _problem(group, head_dim, block_size, dtype)
+  out, observed = _interpret(problem, 0)
+  assert observed is None
+  assert out.dtype == dtype
+  assert output_error(out, expected_output(problem, 0, SCALE)) < TOLERANCES[jnp.dtype(dtype).name]
+
+
+@pytest.mark.parametrize(("power", "buffer", "group"), [(2, 0, 4), (1, 60, 3)])
+def test_scores(power, buffer, group):
+  problem = _problem(group, 64, 16, jnp.float16)
+  out, observed = _interpret(problem, 0, problem.observed, power=power, buffer=buffer)
+  assert output_error(out, expected_output(problem, 0, SCALE)) < TOLERANCES["float16"]
+  assert score_error(problem, observed, expected_scores(problem, 0, SCALE, power, buffer)) < 1e-4
+  assert output_error(observed.log_sums[0], expected_log_sums(problem, 0, SCALE)) < 1e-4
+
+
+def test_tiles_of_128_and_uneven_shares():
+  problem = _problem(2, 64, 16, jnp.bfloat16, max_tokens=400)
+  config = paged_decode_mosaic.Config(tile=128, stages=3, waves=((2, 0.7), (3, 0.3)))
+  out, _ = _interpret(problem, 1, config=config)
+  assert output_error(out, expected_output(problem, 1, SCALE)) < TOLERANCES["bfloat16"]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_tolerance_catches(mutation):
+  problem = _problem(2, 64, 16, jnp.bfloat16)
+  out, _ = _interpret(mutate(problem, mutation), 0)
+  assert output_error(out, expected_output(problem, 0, SCALE)) > 2 * TOLERANCES["bfloat16"]
