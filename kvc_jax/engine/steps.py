@@ -19,7 +19,7 @@ from kvc_jax.model.llama import Llama
 
 # XLA counts the pool again for each update in place, sees memory run out, and would compute small
 # things anew in every layer instead of keeping them.
-_WITHOUT_REMATERIALIZATION = {"xla_disable_hlo_passes": "rematerialization"}
+WITHOUT_REMATERIALIZATION = {"xla_disable_hlo_passes": "rematerialization"}
 
 
 @functools.partial(jax.jit, static_argnames="rule", donate_argnames=("state", "observation"))
@@ -65,7 +65,7 @@ def prefill_chunk(
 
 
 @functools.partial(
-    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=_WITHOUT_REMATERIALIZATION)
+    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=WITHOUT_REMATERIALIZATION)
 def decode_step(
     model: Llama,
     state: CacheState,
