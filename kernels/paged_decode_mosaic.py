@@ -100,6 +100,10 @@ def _columns(group, observes) -> int:
   return pl.next_power_of_2(max(8, group * (2 if observes else 1)))
 
 
+def _width(plan) -> int:
+  return _columns(plan.group, plan.observes)
+
+
 def _tiled(shape, dtype):
   """Shared memory in the layout that the tensor core reads."""
   return plgpu.SMEM(shape, dtype, transforms=(
@@ -115,18 +119,18 @@ def _row_layout(width):
 
 def _attend(plan, q, kv, walk, observed, *, interpret):
   """Partial outputs f32 [slots*G, D], maxima and sums f32 [slots*G]; and `observed`, scores updated."""
-  config, group, head_dim, heads = plan.config, plan.group, plan.head_dim, _columns(plan.group, plan.observes)
+  config, group, head_dim, heads = plan.config, plan.group, plan.head_dim, _width(plan)
   tile, stages, blocks = config.tile, config.stages, config.tile // plan.block_size
   copies = 2 * blocks
-  scratch = dict(
-      q_raw=plgpu.SMEM((_Q_SLOTS, heads, head_dim), q.dtype),
-      q=_tiled((heads, head_dim), q.dtype),
-      k=_tiled((stages, tile, head_dim), kv.dtype),
-      v=_tiled((stages, tile, head_dim), kv.dtype),
-      p=_tiled((heads, tile), kv.dtype),
-      out=plgpu.SMEM((head_dim, heads), jnp.float32),
-      by_head=plgpu.SMEM((heads,), jnp.float32),
-  )
+  scratch = {
+      "q_raw": plgpu.SMEM((_Q_SLOTS, heads, head_dim), q.dtype),
+      "q": _tiled((heads, head_dim), q.dtype),
+      "k": _tiled((stages, tile, head_dim), kv.dtype),
+      "v": _tiled((stages, tile, head_dim), kv.dtype),
+      "p": _tiled((heads, tile), kv.dtype),
+      "out": plgpu.SMEM((head_dim, heads), jnp.float32),
+      "by_head": plgpu.SMEM((heads,), jnp.float32),
+  }
   inputs = [q.reshape(-1, head_dim), kv.reshape(-1, head_dim), *walk]
   scores = None
   if observed is not None:
@@ -134,14 +138,14 @@ def _attend(plan, q, kv, walk, observed, *, interpret):
     inputs += [observed.queries.reshape(-1, head_dim), observed.log_sums.reshape(-1), observed.query_positions,
                observed.positions, scores]
     copies += blocks * (2 if plan.buffer else 1)
-    scratch |= dict(scores=plgpu.SMEM((stages, tile), jnp.float32), new_scores=plgpu.SMEM((tile,), jnp.float32))
+    scratch |= {"scores": plgpu.SMEM((stages, tile), jnp.float32), "new_scores": plgpu.SMEM((tile,), jnp.float32)}
     if plan.buffer:
-      scratch |= dict(positions=plgpu.SMEM((stages, tile), jnp.int32))
-  scratch |= dict(
-      q_full=plgpu.Barrier(num_arrivals=2 if plan.observes else 1, num_barriers=_Q_SLOTS),
-      q_empty=plgpu.Barrier(num_barriers=_Q_SLOTS),
-      full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-      empty=plgpu.Barrier(num_barriers=stages))
+      scratch |= {"positions": plgpu.SMEM((stages, tile), jnp.int32)}
+  scratch |= {
+      "q_full": plgpu.Barrier(num_arrivals=2 if plan.observes else 1, num_barriers=_Q_SLOTS),
+      "q_empty": plgpu.Barrier(num_barriers=_Q_SLOTS),
+      "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+      "empty": plgpu.Barrier(num_barriers=stages)}
   rows = plan.slots * group
   run = plgpu.kernel(
       functools.partial(_attend_kernel, plan=plan),
@@ -218,7 +222,7 @@ def _attend_kernel(*refs, plan):
 
 def _produce(cta):
   """Copies queries of the pairs, and blocks of the tiles, as the rings become free."""
-  plan, smem, stages = cta.plan, cta.smem, cta.plan.config.stages
+  smem, stages = cta.smem, cta.plan.config.stages
 
   def visit(pair, table_row, ring, begin, end, count):
     _copy_queries(cta, pair, table_row, count)
@@ -290,7 +294,7 @@ def _copy_row(source, target, barrier):
 def _consume(cta):
   """Attends to the tiles of one pair after the other."""
   plan, smem = cta.plan, cta.smem
-  tile_size, heads, head_dim = plan.config.tile, _columns(plan.group, plan.observes), plan.head_dim
+  tile_size, heads, head_dim = plan.config.tile, _width(plan), plan.head_dim
 
   def visit(pair, table_row, ring, begin, end, count):
     q_slot = lax.rem(count, _Q_SLOTS)
@@ -315,7 +319,7 @@ def _consume(cta):
 def _attend_tile(cta, table_row, ring, length, behind, tile, carry):
   """One tile: acc f32 [D, heads] and top f32 [heads] as usual, total f32 [tile, heads] not yet summed."""
   plan, smem = cta.plan, cta.smem
-  size, heads, head_dim = plan.config.tile, _columns(plan.group, plan.observes), plan.head_dim
+  size, heads, head_dim = plan.config.tile, _width(plan), plan.head_dim
   acc, top, total = carry
   slot = lax.rem(ring + tile, plan.config.stages)
   if behind is not None:
@@ -406,7 +410,7 @@ class _Behind:
     return cls(cta, table_row, newest, length)
 
   def _head(self):
-    return plgpu.broadcasted_iota(jnp.int32, (_columns(self.cta.plan.group, self.cta.plan.observes),), 0, layout=_BY_HEAD)
+    return plgpu.broadcasted_iota(jnp.int32, (_width(self.cta.plan),), 0, layout=_BY_HEAD)
 
   def log_sums(self, top):
     """`top` with the observed columns' log-sum-exp, base 2: their weights are then probabilities."""
@@ -437,8 +441,8 @@ class _Behind:
     """Copies a tile's new scores to their blocks."""
     plan, size = self.cta.plan, self.cta.plan.block_size
     for j, block in enumerate(blocks):
-      # Behind the end: to the null block, for the table has another head's blocks there.
-      block = jnp.where(tile * plan.config.tile + j * size < self.length, block, 0)
-      plgpu.copy_smem_to_gmem(
-          self.cta.smem["new_scores"].at[pl.ds(j * size, size)], self.cta.refs["scores"].at[block], commit_group=False)
+      source, target = self.cta.smem["new_scores"].at[pl.ds(j * size, size)], self.cta.refs["scores"].at[block]
+      # Behind the end the table row may name another head's blocks.
+      held = tile * plan.config.tile + j * size < self.length
+      pl.when(held)(functools.partial(plgpu.copy_smem_to_gmem, source, target, commit_group=False))
     plgpu.commit_smem_to_gmem_group()

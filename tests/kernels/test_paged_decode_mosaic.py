@@ -22,7 +22,8 @@ TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3}
 
 def _problem(group, head_dim, block_size, dtype, max_tokens=192):
   return make_problem(
-      group, group=group, head_dim=head_dim, block_size=block_size, max_blocks=max_tokens // block_size + 1, dtype=dtype)
+      group, group=group, head_dim=head_dim, block_size=block_size, max_blocks=max_tokens // block_size + 1,
+      dtype=dtype)
 
 
 def _interpret(problem, layer, *observed, config=SMALL, **options):
