@@ -24,6 +24,9 @@ from kvc_jax.model.llama import abstract_llama
 POOL_BYTES = 1 << 30
 _LAYERS, _SEQS, _HEADS, _BLOCKS_PER_HEAD, _QUERIES = 4, 8, 2, 64, 256
 _GROUPS = (1, 3, 4, 8, 16)
+_WITH_QUERIES = {"paged_decode", "paged_prefill", "column_scores"}
+_ONCE = {"scored, buffer"}
+"""Variants that are compiled for the commonest shape alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +76,11 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
     for support in entries:
       low, high = support.capabilities
       if low <= capability <= high:
-        for shape in _shapes(support):
+        base, *others = _shapes(support, vary_group=op in _WITH_QUERIES)
+        for shape in (base, *others):
           for variant, build in _PROGRAMS[op].items():
+            if shape != base and variant in _ONCE:
+              continue
             name = (f"{op}_{support.backend} {variant} {shape.query_dtype} on {shape.dtype} D{shape.head_dim} "
                     f"G{shape.group} P{shape.block_size}")
             yield Case(name, op, support.backend, shape, functools.partial(build, shape))
@@ -82,7 +88,7 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
     yield Case(name, op, "auto", None, step)
 
 
-def _shapes(support: backends.Support) -> Iterator[backends.Shape]:
+def _shapes(support: backends.Support, *, vary_group: bool) -> Iterator[backends.Shape]:
   """The commonest shape, and each other value of each number beside it."""
 
   def preferred(values, *wanted):
@@ -102,7 +108,7 @@ def _shapes(support: backends.Support) -> Iterator[backends.Shape]:
     yield dataclasses.replace(base, head_dim=head_dim)
   for block_size in sorted(support.block_sizes - {base.block_size}):
     yield dataclasses.replace(base, block_size=block_size)
-  for group in _GROUPS:
+  for group in _GROUPS if vary_group else ():
     if group != base.group and group <= support.max_group:
       yield dataclasses.replace(base, group=group)
 
