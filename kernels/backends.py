@@ -82,19 +82,23 @@ class Support:
     return None
 
 
-_AMPERE, _HOPPER, _NEWEST = (8, 0), (9, 0), (99, 0)
+_AMPERE, _ADA, _HOPPER, _NEWEST = (8, 0), (8, 9), (9, 0), (99, 0)
 
 TABLE: dict[str, tuple[Support, ...]] = {
     "paged_decode": (
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
     ),
-    "column_scores": (Support(backend="triton", capabilities=(_AMPERE, _NEWEST)),),
+    # Ampere has no e4m3, and this kernel leaves its conversion to Triton.
+    "column_scores": (
+        Support(backend="triton", capabilities=(_ADA, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
+        Support(backend="triton", capabilities=(_AMPERE, _NEWEST)),
+    ),
     # cuDNN's flash attention takes head dimensions above 128 on Hopper and newer only.
     "paged_prefill": (
-        Support(backend="cudnn", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES, query_dtypes=_HALVES,
-                head_dims=frozenset({64, 96, 128})),
-        Support(backend="cudnn", capabilities=(_HOPPER, _NEWEST), dtypes=_HALVES, query_dtypes=_HALVES,
-                head_dims=frozenset({256})),
+        Support(backend="cudnn", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES | {"float8_e4m3fn"},
+                query_dtypes=_HALVES, head_dims=frozenset({64, 96, 128})),
+        Support(backend="cudnn", capabilities=(_HOPPER, _NEWEST), dtypes=_HALVES | {"float8_e4m3fn"},
+                query_dtypes=_HALVES, head_dims=frozenset({256})),
     ),
     "compact_kv": (
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),

@@ -37,7 +37,7 @@ class PrefillProblem:
 
 def make_problem(
     seed, lengths, *, tokens=24, count=None, group=2, head_dim=16, block_size=4, spare_columns=3, dtype=jnp.float32,
-    layers=2, slots=2,
+    pool_dtype=None, layers=2, slots=2,
 ) -> PrefillProblem:
   """A chunk of `tokens` rows behind a prefix of `lengths` [H] KVs, in the last layer and slot."""
   rng = np.random.default_rng(seed)
@@ -59,8 +59,8 @@ def make_problem(
       positions[block, :filled] = at[m * block_size:][:filled]
   q, k, v = (rng.normal(size=(tokens, n, head_dim)) for n in (heads * group, heads, heads))
   return PrefillProblem(
-      *(jnp.asarray(x, dtype) for x in (q, k, v, kv)), jnp.asarray(positions), jnp.asarray(tables),
-      jnp.asarray(all_lengths), jnp.int32(layers - 1), jnp.int32(slots - 1),
+      *(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(kv, pool_dtype or dtype), jnp.asarray(positions),
+      jnp.asarray(tables), jnp.asarray(all_lengths), jnp.int32(layers - 1), jnp.int32(slots - 1),
       jnp.int32(tokens if count is None else count))
 
 

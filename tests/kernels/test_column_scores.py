@@ -55,6 +55,12 @@ def test_shapes(run, tokens, group, head_dim, block_size):
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_fp8_pool(run):
+  problem = make_problem(7, (9, 40), pool_dtype=jnp.float8_e4m3fn)
+  assert _error(problem, _queries(problem, 8, "in order"), run) < 1e-5
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_an_uncounted_key_may_lie_far_above_the_log_sum_exp(run):
   problem = make_problem(4, (20, 20))
   log_sums, positions = _queries(problem, 3, "in order")
@@ -94,9 +100,10 @@ TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-4, "float16": 2e-4}
 """Products of halves are exact in f32; what remains is the order of sums."""
 
 
-def _gpu_problem(group=4, head_dim=128, block_size=16, dtype=jnp.bfloat16, tokens=300):
+def _gpu_problem(group=4, head_dim=128, block_size=16, dtype=jnp.bfloat16, tokens=300, pool_dtype=None):
   return make_problem(
-      group, (700, 0, 1, 513), tokens=tokens, group=group, head_dim=head_dim, block_size=block_size, dtype=dtype)
+      group, (700, 0, 1, 513), tokens=tokens, group=group, head_dim=head_dim, block_size=block_size, dtype=dtype,
+      pool_dtype=pool_dtype)
 
 
 @pytest.mark.gpu
@@ -111,6 +118,15 @@ def test_on_gpu(tokens, group, head_dim, block_size, dtype):
     for order, power, buffer in (("in order", 2, 0), ("any order", 1, 30)):
       error = _error(problem, _queries(problem, 6, order), _scores, power, buffer)
       assert error < TOLERANCES[problem.q.dtype.name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_fp8_pool_on_gpu(dtype):
+  problem = _gpu_problem(dtype=dtype, pool_dtype=jnp.float8_e4m3fn)
+  with backends.use("triton"):
+    error = _error(problem, _queries(problem, 9, "in order"), _scores)
+  assert error < TOLERANCES[dtype.__name__]
 
 
 @pytest.mark.gpu

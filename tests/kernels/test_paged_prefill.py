@@ -46,6 +46,11 @@ def test_shapes(group, head_dim, block_size):
 
 
 @pytest.mark.parametrize("run", [_prefill, _in_pieces(16)])
+def test_fp8_pool(run):
+  assert max(_errors(make_problem(4, (9, 40), pool_dtype=jnp.float8_e4m3fn), run)) < 3e-6
+
+
+@pytest.mark.parametrize("run", [_prefill, _in_pieces(16)])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_tolerance_catches(run, mutation):
   problem = make_problem(2, (30, 44))
@@ -66,10 +71,10 @@ TOLERANCES = {"bfloat16": (1.5e-2, 2e-3), "float16": (3e-3, 5e-4)}
 """Of output and log-sum-exp; the weights are rounded before they meet V."""
 
 
-def _gpu_problem(group=4, head_dim=128, block_size=16, dtype=jnp.bfloat16, count=300):
+def _gpu_problem(group=4, head_dim=128, block_size=16, dtype=jnp.bfloat16, count=300, pool_dtype=None):
   return make_problem(
       group, (700, 0, 1, 513), tokens=384, count=count, group=group, head_dim=head_dim, block_size=block_size,
-      dtype=dtype)
+      dtype=dtype, pool_dtype=pool_dtype)
 
 
 def _assert_within(errors, name):
@@ -79,10 +84,11 @@ def _assert_within(errors, name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("group", "head_dim", "block_size", "dtype"),
-    [(4, 128, 16, jnp.bfloat16), (1, 64, 8, jnp.float16), (8, 96, 32, jnp.bfloat16), (3, 256, 64, jnp.bfloat16)])
-def test_on_gpu(group, head_dim, block_size, dtype):
-  problem = _gpu_problem(group, head_dim, block_size, dtype)
+    ("group", "head_dim", "block_size", "dtype", "pool_dtype"), [
+        (4, 128, 16, jnp.bfloat16, None), (1, 64, 8, jnp.float16, None), (8, 96, 32, jnp.bfloat16, None),
+        (3, 256, 64, jnp.bfloat16, None), (4, 128, 16, jnp.bfloat16, jnp.float8_e4m3fn)])
+def test_on_gpu(group, head_dim, block_size, dtype, pool_dtype):
+  problem = _gpu_problem(group, head_dim, block_size, dtype, pool_dtype=pool_dtype)
   shape = backends.shape_of(problem.kv, group, problem.q.dtype)
   with backends.use("cudnn"):
     if backends.choose("paged_prefill", shape) != "cudnn":
