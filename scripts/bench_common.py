@@ -114,7 +114,9 @@ def machine() -> dict[str, Any]:
       "python": platform.python_version(),
       **versions,
       "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-      "commit": os.environ.get("KVC_COMMIT") or _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+      # "-dirty" where files differ from the commit; KVC_COMMIT where the checkout has no history.
+      "commit": os.environ.get("KVC_COMMIT") or _output(
+          "git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"),
   }
 
 

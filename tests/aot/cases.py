@@ -70,22 +70,23 @@ class Case:
   program: Callable[[], Program]
 
 
-def cases(capability: tuple[int, int]) -> Iterator[Case]:
+def cases(capability: tuple[int, int]) -> list[Case]:
   """All that the table promises to a device of `capability`, and the steps of the engine."""
-  for op, entries in backends.TABLE.items():
-    for support in entries:
-      low, high = support.capabilities
-      if low <= capability <= high:
-        base, *others = _shapes(support, vary_group=op in _WITH_QUERIES)
-        for shape in (base, *others):
-          for variant, build in _PROGRAMS[op].items():
-            if shape != base and variant in _ONCE:
-              continue
-            name = (f"{op}_{support.backend} {variant} {shape.query_dtype} on {shape.dtype} D{shape.head_dim} "
-                    f"G{shape.group} P{shape.block_size}")
-            yield Case(name, op, support.backend, shape, functools.partial(build, shape))
-  for name, (op, step) in _STEPS.items():
-    yield Case(name, op, "auto", None, step)
+  found = [
+      case for op, entries in backends.TABLE.items() for support in entries
+      if support.capabilities[0] <= capability <= support.capabilities[1] for case in _promised(op, support)]
+  found += [Case(name, op, "auto", None, step) for name, (op, step) in _STEPS.items()]
+  return list({case.name: case for case in found}.values())  # two entries may promise the same
+
+
+def _promised(op: str, support: backends.Support) -> Iterator[Case]:
+  base, *others = _shapes(support, vary_group=op in _WITH_QUERIES)
+  for shape in (base, *others):
+    for variant, build in _PROGRAMS[op].items():
+      if shape == base or variant not in _ONCE:
+        name = (f"{op}_{support.backend} {variant} {shape.query_dtype} on {shape.dtype} D{shape.head_dim} "
+                f"G{shape.group} P{shape.block_size}")
+        yield Case(name, op, support.backend, shape, functools.partial(build, shape))
 
 
 def _shapes(support: backends.Support, *, vary_group: bool) -> Iterator[backends.Shape]:

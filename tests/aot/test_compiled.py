@@ -35,7 +35,7 @@ def test_copies_are_found_with_their_size():
 
 @pytest.mark.parametrize("capability", compiled.CAPABILITIES.values())
 def test_every_promise_of_the_table_has_a_case(capability):
-  found = list(cases.cases(capability))
+  found = cases.cases(capability)
   for op, entries in backends.TABLE.items():
     for support in entries:
       if support.capabilities[0] <= capability <= support.capabilities[1]:
