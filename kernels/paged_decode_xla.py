@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvc_jax.kernels import tiles_xla
+from kvc_jax.kernels.observed import Observed
 
 
 def paged_decode(
@@ -16,23 +17,24 @@ def paged_decode(
     tables: jax.Array,
     lengths: jax.Array,
     layer: jax.Array,
-    scores: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    query_positions: jax.Array | None = None,
+    observed: Observed | None = None,
     *,
     scale: float,
     power: int = 2,
     buffer: int = 0,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Observed | None]:
   """See `paged_decode.paged_decode`."""
   tables, lengths = tiles_xla.pad_to_tiles(tables[layer]), lengths[layer]  # [S, H, M], [S, H]
-  seqs, heads = lengths.shape
-  queries = q.reshape(seqs, heads, -1, q.shape[-1]).astype(jnp.float32) * scale  # [S, H, G, D]
-  out, log_sum = _attend(queries, kv, tables, lengths)
-  if scores is not None:
-    scores = _add_scores(queries, log_sum, kv, tables, lengths, scores, positions, query_positions,
-                         power=power, buffer=buffer)
-  return out.reshape(q.shape).astype(q.dtype), scores
+  out, log_sums = _attend(_grouped(q, lengths, scale), kv, tables, lengths)
+  if observed is not None:
+    observed = _add_scores(observed, kv, tables, lengths, layer, scale=scale, power=power, buffer=buffer)
+    observed = _observe(observed, layer, q, log_sums, lengths)
+  return out.reshape(q.shape).astype(q.dtype), observed
+
+
+def _grouped(q, lengths, scale):
+  """Queries [S, H*G, D], scaled, as f32 [S, H, G, D]."""
+  return q.reshape(*lengths.shape, -1, q.shape[-1]).astype(jnp.float32) * scale
 
 
 def _attend(queries, kv, tables, lengths):
@@ -51,17 +53,32 @@ def _attend(queries, kv, tables, lengths):
   return out, jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), 0.0)
 
 
-def _add_scores(queries, log_sum, kv, tables, lengths, scores, positions, query_positions, *, power, buffer):
+def _add_scores(observed, kv, tables, lengths, layer, *, scale, power, buffer):
+  """Adds the probabilities of the observed queries, whose log-sum-exp is known."""
+  queries = _grouped(observed.queries[layer], lengths, scale)
+  log_sums = observed.log_sums[layer].reshape(queries.shape[:3])[..., None]
   block_size = kv.shape[2]
-  last_counted = (query_positions - buffer)[:, None, None]
+  last_counted = (observed.query_positions - buffer)[:, None, None]
 
   def body(step, scores):
     blocks, held = tiles_xla.tile_of(tables, lengths, step, block_size)
-    logits = tiles_xla.logits_of(queries, tiles_xla.gather(kv, blocks, held, 0), held[:, :, None])
-    gain = jnp.sum(jnp.exp(logits - log_sum[..., None]) ** power, axis=2)  # [S, H, tile]
-    counted = held & (positions[blocks].reshape(held.shape) <= last_counted)
+    # Masked before the exponential: an uncounted key may lie above the log-sum-exp.
+    counted = held & (observed.positions[blocks].reshape(held.shape) <= last_counted)
+    logits = tiles_xla.logits_of(queries, tiles_xla.gather(kv, blocks, held, 0), counted[:, :, None])
+    gain = jnp.sum(jnp.exp(logits - log_sums) ** power, axis=2)  # [S, H, tile]
     gain = jnp.where(counted, gain, 0.0).reshape(*blocks.shape, block_size)
     # A block belongs to one head: no two gains meet, but in the null block (0).
     return scores.at[blocks].add(gain)
 
-  return lax.fori_loop(0, tiles_xla.count_tiles(lengths, block_size), body, scores)
+  scores = lax.fori_loop(0, tiles_xla.count_tiles(lengths, block_size), body, observed.scores)
+  return observed._replace(scores=scores)
+
+
+def _observe(observed, layer, q, log_sums, lengths):
+  """Leaves the queries and their log-sum-exp for the next step; a head that holds nothing keeps the old ones."""
+  heads = q.shape[1] // lengths.shape[1]
+  some = jnp.repeat(lengths > 0, heads, axis=1)  # [S, H*G]
+  queries = jnp.where(some[..., None], q.astype(observed.queries.dtype), observed.queries[layer])
+  log_sums = jnp.where(some, log_sums.reshape(some.shape), observed.log_sums[layer])
+  return observed._replace(
+      queries=observed.queries.at[layer].set(queries), log_sums=observed.log_sums.at[layer].set(log_sums))

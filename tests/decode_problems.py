@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 
+from kvc_jax.kernels.observed import Observed
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeProblem:
@@ -16,22 +18,16 @@ class DecodeProblem:
   kv: jax.Array
   tables: jax.Array
   lengths: jax.Array
-  scores: jax.Array
-  positions: jax.Array
-  query_positions: jax.Array
+  observed: Observed
 
   @property
   def attention(self) -> tuple[jax.Array, ...]:
     return self.q, self.kv, self.tables, self.lengths
 
-  @property
-  def scoring(self) -> tuple[jax.Array, ...]:
-    return self.scores, self.positions, self.query_positions
-
 
 def make_problem(
     seed, *, layers=2, seqs=3, group=2, heads=2, head_dim=8, block_size=4, max_blocks=37, dtype=jnp.float32,
-    unused=np.nan,
+    query_dtype=None, unused=np.nan,
 ) -> DecodeProblem:
   """Lengths 0..M*P at random, the extremes among them; block ids at random."""
   rng = np.random.default_rng(seed)
@@ -51,10 +47,19 @@ def make_problem(
       kv[block, :, :filled] = rng.normal(size=(2, filled, head_dim))
       scores[block, :filled] = rng.random(filled)
       positions[block, :filled] = rng.integers(0, 100, filled)
-  q = rng.normal(size=(seqs, heads * group, head_dim))
+    if lengths[at]:  # the newest KV, newer than the observed query
+      positions[tables[at][(lengths[at] - 1) // block_size], (lengths[at] - 1) % block_size] = 121
+  q = rng.normal(size=(layers + 1, seqs, heads * group, head_dim))
+  query_positions = rng.integers(100, 120, seqs)
+  log_sums = rng.uniform(2, 5, (layers, seqs, heads * group))
+  log_sums[:, -1] = np.inf  # a sequence that has not decoded yet
+  observed = Observed(
+      scores=jnp.asarray(scores), positions=jnp.asarray(positions), queries=jnp.asarray(q[1:], query_dtype or dtype),
+      log_sums=jnp.asarray(log_sums, jnp.float32),
+      query_positions=jnp.asarray(query_positions, jnp.int32))
   return DecodeProblem(
-      jnp.asarray(q, dtype), jnp.asarray(kv, dtype), jnp.asarray(tables), jnp.asarray(lengths), jnp.asarray(scores),
-      jnp.asarray(positions), jnp.asarray(rng.integers(100, 120, seqs), jnp.int32))
+      jnp.asarray(q[0], query_dtype or dtype), jnp.asarray(kv, dtype), jnp.asarray(tables), jnp.asarray(lengths),
+      observed)
 
 
 def expected_output(problem: DecodeProblem, layer: int, scale: float) -> np.ndarray:
@@ -69,20 +74,34 @@ def expected_output(problem: DecodeProblem, layer: int, scale: float) -> np.ndar
 
 
 def expected_scores(problem: DecodeProblem, layer: int, scale: float, power: int, buffer: int) -> np.ndarray:
-  """The scores [N, P] afterwards: + sum over G of probability ** power where the query counts for the key."""
-  q, kv = np.asarray(problem.q, np.float64), np.asarray(problem.kv, np.float64)
-  scores, positions = np.asarray(problem.scores, np.float64), np.asarray(problem.positions)
+  """The scores [N, P] afterwards: + sum over G of probability ** power of the observed queries, where they count."""
+  observed = problem.observed
+  kv, queries = np.asarray(problem.kv, np.float64), np.asarray(observed.queries, np.float64)[layer]
+  log_sums = np.asarray(observed.log_sums, np.float64)[layer]
+  scores, positions = np.asarray(observed.scores, np.float64), np.asarray(observed.positions)
   heads = problem.lengths.shape[2]
   for seq, head in np.ndindex(problem.lengths.shape[1:]):
     ids, n = np.asarray(problem.tables)[layer, seq, head], int(problem.lengths[layer, seq, head])
     at = np.repeat(ids, kv.shape[2])[:n], np.tile(np.arange(kv.shape[2]), len(ids))[:n]
-    logits = scale * q[seq].reshape(heads, -1, q.shape[-1])[head] @ kv[at[0], 0, at[1]].T
-    if n:
-      chances = np.exp(logits - logits.max(axis=1, keepdims=True))
-      chances /= chances.sum(axis=1, keepdims=True)
-      counted = positions[at] <= int(problem.query_positions[seq]) - buffer
-      scores[at] += np.where(counted, (chances**power).sum(axis=0), 0.0)
+    logits = scale * queries[seq].reshape(heads, -1, kv.shape[-1])[head] @ kv[at[0], 0, at[1]].T  # [G, n]
+    chances = np.exp(logits - log_sums[seq].reshape(heads, -1)[head][:, None])
+    counted = positions[at] <= int(observed.query_positions[seq]) - buffer
+    scores[at] += np.where(counted, (chances**power).sum(axis=0), 0.0)
   return scores
+
+
+def expected_log_sums(problem: DecodeProblem, layer: int, scale: float) -> np.ndarray:
+  """Log-sum-exp [S, H*G] of the queries over what their head holds; the observed one's where it holds nothing."""
+  kv, q = np.asarray(problem.kv, np.float64), np.asarray(problem.q, np.float64)
+  out = np.array(problem.observed.log_sums, np.float64)[layer]
+  heads = problem.lengths.shape[2]
+  for seq, head in np.ndindex(problem.lengths.shape[1:]):
+    ids, n = np.asarray(problem.tables)[layer, seq, head], int(problem.lengths[layer, seq, head])
+    keys = kv[ids, 0].reshape(-1, kv.shape[-1])[:n]
+    if n:
+      logits = scale * q[seq].reshape(heads, -1, kv.shape[-1])[head] @ keys.T
+      out[seq].reshape(heads, -1)[head] = logits.max(1) + np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))
+  return out
 
 
 MUTATIONS = ("zeroed V", "swapped heads", "shifted lengths")
@@ -104,9 +123,10 @@ def output_error(out: jax.Array, expected: np.ndarray) -> float:
   return float(np.where(np.isnan(error), np.inf, error).max())
 
 
-def score_error(problem: DecodeProblem, scores: jax.Array, expected: np.ndarray) -> float:
+def score_error(problem: DecodeProblem, observed: Observed | None, expected: np.ndarray) -> float:
   """Largest error of what was added, over the largest addition; all KV slots but the null block's count."""
-  before = np.asarray(problem.scores, np.float64)
+  assert observed is not None
+  scores, before = observed.scores, np.asarray(problem.observed.scores, np.float64)
   held = ~np.isnan(before)
   np.testing.assert_array_equal(np.isnan(np.asarray(scores))[1:], ~held[1:])
   error = np.abs(np.asarray(scores, np.float64) - expected)[held]

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from kvc_jax.cache.state import CacheState
 from kvc_jax.cache.write import write
 from kvc_jax.eviction.score import ScoringRule
+from kvc_jax.kernels.observed import Observed
 from kvc_jax.kernels.paged_decode import paged_decode
 
 
@@ -35,20 +36,33 @@ def decode_attention(
     v: [S, H, D].
     active: [S], those that `allocate` gave room (its ok); other rows write nothing and yield zeros.
     scale: factor on q k^T.
-    rule: adds these queries' attention to the scores, if it observes any;
-      None leaves the scores alone and costs nothing.
+    rule: if it observes queries, adds the attention of each sequence's last decode
+      query to the scores, and leaves the new query for the next step. None leaves
+      the scores alone and costs nothing. Give it at every step or at none.
 
   Returns:
     Output [S, H*G, D] and the new cache.
+
+  Raises:
+    ValueError: the rule observes queries, but the cache was made without num_heads.
   """
   slots = jnp.arange(state.num_slots, dtype=jnp.int32)
   newest = state.num_tokens - 1
   state = write(state, layer, slots, newest, k, v, active)
   lengths = jnp.where(active[:, None], state.lengths, 0)
   observes = rule is not None and rule.observed != "none"
-  out, scores = paged_decode(
-      q, state.kv, state.tables, lengths, layer,
-      state.scores if observes else None, state.positions if observes else None,
-      newest if observes else None,
+  out, observed = paged_decode(
+      q, state.kv, state.tables, lengths, layer, _observed(state, newest - 1) if observes else None,
       scale=scale, power=rule.power if rule else 2, buffer=rule.buffer if rule else 0)
-  return out, state if scores is None else dataclasses.replace(state, scores=scores)
+  if observed is not None:
+    state = dataclasses.replace(
+        state, scores=observed.scores, queries=observed.queries, log_sums=observed.log_sums)
+  return out, state
+
+
+def _observed(state: CacheState, query_positions: jax.Array) -> Observed:
+  if state.queries is None or state.log_sums is None:
+    raise ValueError(
+        "decode_attention: the rule observes queries, but this cache has no room for them; "
+        "give CacheConfig num_heads, the model's number of query heads")
+  return Observed(state.scores, state.positions, state.queries, state.log_sums, query_positions)

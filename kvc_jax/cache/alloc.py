@@ -41,7 +41,8 @@ def allocate(
     state: the cache.
     slots: i32 [B] distinct slots; S = ignore.
     counts: i32 [B] tokens to append, each 0..max_count.
-    max_count: static bound of `counts`.
+    max_count: static bound of `counts`. Above 1 the tokens are a prompt's: a decode
+      query that still waits to be scored is dropped.
 
   Returns:
     The new state, and ok [B]: False where the sequence did not get its blocks
@@ -64,8 +65,14 @@ def allocate(
       state,
       lengths=state.lengths.at[:, slots].add(counts[None, :, None], mode="drop"),
       num_tokens=state.num_tokens.at[slots].add(counts, mode="drop"),
+      log_sums=state.log_sums if max_count == 1 else _forget_queries(state, slots),
   )
   return _mark_new_kvs(state, slots, old, counts, first_position, max_count), ok
+
+
+def _forget_queries(state: CacheState, slots: Array) -> Array | None:
+  """log_sums without the named sequences' last queries: those wait for the very next token only."""
+  return None if state.log_sums is None else state.log_sums.at[:, slots].set(jnp.inf, mode="drop")
 
 
 def _pop_blocks(state: CacheState, slots: Array, old: Array, need: Array, max_need: int) -> CacheState:
@@ -135,4 +142,5 @@ def release(state: CacheState, slots: Int[Array, " seqs"]) -> CacheState:
       tables=state.tables.at[:, slots].set(NULL_BLOCK, mode="drop"),
       lengths=state.lengths.at[:, slots].set(0, mode="drop"),
       num_tokens=state.num_tokens.at[slots].set(0, mode="drop"),
+      log_sums=_forget_queries(state, slots),
   )

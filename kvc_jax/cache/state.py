@@ -32,6 +32,8 @@ class CacheConfig:
     max_blocks_per_head: M; a head holds at most M * P KVs.
     block_size: P, KVs of one head in one block.
     dtype: of the keys and values.
+    num_heads: query heads H*G, for decode steps that keep scores up to date; None
+      for a cache without them.
   """
 
   num_layers: int
@@ -42,11 +44,14 @@ class CacheConfig:
   max_blocks_per_head: int
   block_size: int = 16
   dtype: DTypeLike = jnp.bfloat16
+  num_heads: int | None = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.name != "dtype" and (not isinstance(value, int) or value < 1):
+      if field.name == "dtype" or (field.name == "num_heads" and value is None):
+        continue
+      if not isinstance(value, int) or value < 1:
         raise InputError(f"CacheConfig: {field.name} is {value!r}, but a positive whole number is needed")
     if self.num_blocks < 2:
       raise InputError("CacheConfig: num_blocks must be at least 2, for block 0 is never allocated")
@@ -81,6 +86,9 @@ class CacheState:
     * the positions held by a head are distinct and below num_tokens of its slot;
     * scores of held KVs are finite and not negative.
 
+  Decode attention knows a query's probabilities only at its end, so they are added
+  to the scores at the sequence's next step: `queries` and `log_sums` wait for it.
+
   Attributes:
     kv: [N, 2, P, D] keys (after RoPE) and values; kv[n, 0] keys, kv[n, 1] values.
     scores: f32 [N, P], what a KV is worth; low scores are evicted first.
@@ -90,6 +98,9 @@ class CacheState:
     num_tokens: i32 [S], tokens seen by each sequence, evicted ones too.
     free_ids: i32 [N], a stack; entries below free_count are the free blocks.
     free_count: i32 [].
+    queries: [L, S, H*G, D] each sequence's last decode query after RoPE, its
+      attention not yet added to the scores; None where the config has no num_heads.
+    log_sums: f32 [L, S, H*G] their log-sum-exp; +inf for a sequence without one.
   """
 
   kv: jax.Array
@@ -100,6 +111,8 @@ class CacheState:
   num_tokens: jax.Array
   free_ids: jax.Array
   free_count: jax.Array
+  queries: jax.Array | None = None
+  log_sums: jax.Array | None = None
 
   @property
   def num_layers(self) -> int:
@@ -129,7 +142,9 @@ class CacheState:
 def init_cache(config: CacheConfig) -> CacheState:
   """An empty cache: every block but the null block is free."""
   n, p = config.num_blocks, config.block_size
-  heads = (config.num_layers, config.num_slots, config.num_kv_heads)
+  rows = (config.num_layers, config.num_slots)
+  heads = (*rows, config.num_kv_heads)
+  observes = config.num_heads is not None
   return CacheState(
       kv=jnp.zeros((n, 2, p, config.head_dim), config.dtype),
       scores=jnp.zeros((n, p), jnp.float32),
@@ -140,6 +155,8 @@ def init_cache(config: CacheConfig) -> CacheState:
       # Popped from the end: blocks come as 1, 2, 3, ...; entry N-1 is never live.
       free_ids=jnp.arange(n - 1, -1, -1, dtype=jnp.int32),
       free_count=jnp.asarray(n - 1, jnp.int32),
+      queries=jnp.zeros((*rows, config.num_heads, config.head_dim), config.dtype) if observes else None,
+      log_sums=jnp.full((*rows, config.num_heads), jnp.inf, jnp.float32) if observes else None,
   )
 
 

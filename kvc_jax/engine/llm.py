@@ -361,7 +361,7 @@ def _cache_config(
   config = CacheConfig(
       num_layers=shape.num_layers, num_slots=max_num_seqs, num_kv_heads=shape.num_kv_heads,
       head_dim=shape.head_dim, num_blocks=2, max_blocks_per_head=-(-max_model_len // block_size),
-      block_size=block_size, dtype=dtype)
+      block_size=block_size, dtype=dtype, num_heads=shape.num_heads)
   if num_blocks is None:
     wanted = max_num_seqs * config.blocks_for(max_model_len)
     budget = memory_bytes if memory_bytes is not None else _free_memory()

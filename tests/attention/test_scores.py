@@ -1,5 +1,6 @@
 """Prefill in chunks, decode, and the scores of both, against the oracles."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from builders import held_kvs, poison
 
 from kvc_jax.attention.decode import decode_attention
 from kvc_jax.attention.prefill import init_observation, prefill_attention, score_observed
-from kvc_jax.cache.alloc import allocate
+from kvc_jax.cache.alloc import allocate, release
 from kvc_jax.cache.state import CacheConfig, check_invariants, init_cache
 from kvc_jax.eviction.score import HeldKVs, first_observed
 from kvc_jax.eviction.score_full import FullAttention
@@ -20,7 +21,7 @@ from kvc_jax.eviction.score_window import WindowAttention
 HEADS, GROUP, DIM, SCALE, SLOT = 2, 3, 8, 0.4, 1
 CONFIG = CacheConfig(
     num_layers=2, num_slots=3, num_kv_heads=HEADS, head_dim=DIM, num_blocks=120, max_blocks_per_head=20,
-    block_size=4, dtype=jnp.float32)
+    block_size=4, dtype=jnp.float32, num_heads=HEADS * GROUP)
 
 
 @functools.partial(jax.jit, static_argnames="rule")
@@ -115,20 +116,47 @@ def test_scores_of_a_prompt_of_several_tiles(rule):
 
 @pytest.mark.parametrize("rule", [
     FullAttention(buffer=3), FullAttention(power=1, buffer=0), WindowAttention(queries=4, buffer=1)], ids=repr)
-def test_decode_adds_to_scores(rule):
+def test_a_decode_query_is_scored_by_the_next_step(rule):
   qkv = _random_qkv(2, 20)
   _, state = _prefill(qkv, 32, rule)
   before = _scores(state)
-  new = _random_qkv(3, CONFIG.num_slots)
-  state, _ = allocate(state, jnp.array([SLOT]), jnp.array([1]), max_count=1)
+  new, newer = _random_qkv(3, CONFIG.num_slots), _random_qkv(4, CONFIG.num_slots)
+  state = _decode(state, new, rule)
   for layer in range(2):
-    _, state = decode_attention(
-        state, jnp.int32(layer), *(x[layer] for x in new), active=jnp.arange(3) == SLOT, scale=SCALE, rule=rule)
+    np.testing.assert_array_equal(_scores(state)[layer], np.pad(before[layer], ((0, 0), (0, 1))))
+  state = _decode(state, newer, rule)
+  for layer in range(2):
     keys = np.concatenate([qkv[1][layer], new[1][layer, SLOT : SLOT + 1]]).swapaxes(0, 1)
     gain = oracles.decode_scores(
         new[0][layer, SLOT], 20, keys, [np.arange(21)] * HEADS, power=rule.power, buffer=rule.buffer, scale=SCALE)
-    expected = np.pad(before[layer], ((0, 0), (0, 1))) + np.array(gain)
+    expected = np.pad(np.pad(before[layer], ((0, 0), (0, 1))) + np.array(gain), ((0, 0), (0, 1)))
     np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
+
+
+def test_a_released_or_prolonged_sequence_forgets_its_query():
+  rule = FullAttention(power=1, buffer=0)
+  _, state = _prefill(_random_qkv(2, 20), 32, rule)
+  state = _decode(state, _random_qkv(3, CONFIG.num_slots), rule)
+  assert np.isfinite(state.log_sums[:, SLOT]).all()
+  assert np.isinf(release(state, jnp.array([SLOT])).log_sums).all()
+  longer, _ = allocate(state, jnp.array([SLOT]), jnp.array([3]), max_count=4)
+  assert np.isinf(longer.log_sums).all()
+
+
+def test_a_cache_without_query_heads_cannot_score():
+  state = init_cache(dataclasses.replace(CONFIG, num_heads=None))
+  with pytest.raises(ValueError, match="num_heads"):
+    _decode(state, _random_qkv(3, CONFIG.num_slots), FullAttention())
+  _decode(state, _random_qkv(3, CONFIG.num_slots), None)
+
+
+def _decode(state, qkv, rule):
+  """One decode step of SLOT."""
+  state, _ = allocate(state, jnp.array([SLOT]), jnp.array([1]), max_count=1)
+  for layer in range(2):
+    _, state = decode_attention(
+        state, jnp.int32(layer), *(x[layer] for x in qkv), active=jnp.arange(3) == SLOT, scale=SCALE, rule=rule)
+  return state
 
 
 def test_no_rule_leaves_scores_alone():

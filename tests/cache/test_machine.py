@@ -25,7 +25,7 @@ from kvc_jax.eviction.step import evict
 
 CONFIG = CacheConfig(
     num_layers=2, num_slots=3, num_kv_heads=2, head_dim=4, num_blocks=40, max_blocks_per_head=6, block_size=4,
-    dtype=jnp.float32)
+    dtype=jnp.float32, num_heads=4)
 GROUP, CHUNK, SCALE = 2, 16, 0.5
 RULES = (WindowAttention(queries=4, pooling=3), FullAttention(buffer=2))
 

@@ -23,7 +23,7 @@ MODEL = LlamaConfig(
 CACHE = CacheConfig(
     num_layers=MODEL.num_layers, num_slots=SLOTS, num_kv_heads=MODEL.num_kv_heads, head_dim=MODEL.head_dim,
     num_blocks=SLOTS * MODEL.num_layers * MODEL.num_kv_heads * TOKENS // BLOCK + 1, block_size=BLOCK,
-    max_blocks_per_head=TOKENS // BLOCK, dtype=jnp.bfloat16)
+    max_blocks_per_head=TOKENS // BLOCK, dtype=jnp.bfloat16, num_heads=MODEL.num_heads)
 STATE = jax.eval_shape(lambda: init_cache(CACHE))
 LLAMA = abstract_llama(MODEL, jnp.bfloat16)
 

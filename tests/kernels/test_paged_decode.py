@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from decode_problems import (
     MUTATIONS,
+    expected_log_sums,
     expected_output,
     expected_scores,
     make_problem,
@@ -14,8 +15,6 @@ from decode_problems import (
     score_error,
 )
 
-from kvc_jax.kernels.compact_kv import compact_kv
-from kvc_jax.kernels.compact_kv_xla import MOVES_PER_STEP
 from kvc_jax.kernels.kv_write import kv_write
 from kvc_jax.kernels.paged_decode import paged_decode
 
@@ -26,8 +25,8 @@ _decode = jax.jit(paged_decode, static_argnames=("scale", "power", "buffer"))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2), (jnp.float16, 2e-3)])
 def test_equals_dense_attention(layer, dtype, tolerance):
   problem = make_problem(layer, dtype=dtype)
-  out, scores = _decode(*problem.attention, jnp.int32(layer), scale=0.5)
-  assert scores is None
+  out, observed = _decode(*problem.attention, jnp.int32(layer), scale=0.5)
+  assert observed is None
   assert out.dtype == dtype
   assert output_error(out, expected_output(problem, layer, 0.5)) < tolerance
 
@@ -35,8 +34,11 @@ def test_equals_dense_attention(layer, dtype, tolerance):
 @pytest.mark.parametrize(("power", "buffer"), [(2, 0), (1, 60)])
 def test_scores(power, buffer):
   problem = make_problem(9)
-  _, scores = _decode(*problem.attention, jnp.int32(1), *problem.scoring, scale=0.5, power=power, buffer=buffer)
-  assert score_error(problem, scores, expected_scores(problem, 1, 0.5, power, buffer)) < 1e-5
+  _, observed = _decode(*problem.attention, jnp.int32(1), problem.observed, scale=0.5, power=power, buffer=buffer)
+  assert score_error(problem, observed, expected_scores(problem, 1, 0.5, power, buffer)) < 1e-5
+  np.testing.assert_array_equal(observed.queries[1], problem.q)
+  np.testing.assert_array_equal(observed.queries[0], problem.observed.queries[0])
+  assert output_error(observed.log_sums[1], expected_log_sums(problem, 1, 0.5)) < 2e-6
 
 
 @pytest.mark.parametrize(("group", "head_dim", "block_size"), [(1, 64, 16), (4, 80, 8), (16, 10, 1)])
@@ -63,8 +65,9 @@ def test_mismatched_shapes_are_refused():
     paged_decode(q[:2], kv, tables, lengths, layer, scale=1.0)
   with pytest.raises(ValueError, match="fits neither"):
     paged_decode(q[:, :3], kv, tables, lengths, layer, scale=1.0)
-  with pytest.raises(ValueError, match="scores need positions"):
-    paged_decode(q, kv, tables, lengths, layer, jnp.zeros(kv.shape[::2]), scale=1.0)
+  observed = make_problem(6, layers=1, max_blocks=2).observed
+  with pytest.raises(ValueError, match="observed queries"):
+    paged_decode(q, kv, tables, lengths, layer, observed, scale=1.0)
 
 
 def test_kv_write_touches_its_targets_alone():
@@ -78,31 +81,3 @@ def test_kv_write_touches_its_targets_alone():
   np.testing.assert_array_equal(kv_write(jnp.asarray(kv), k, v, blocks, offsets), expected)
   with pytest.raises(ValueError, match="head_dim"):
     kv_write(jnp.asarray(kv), k[..., :2], v[..., :2], blocks, offsets)
-
-
-def test_compact_kv_moves_more_rows_than_one_step_takes():
-  moves = 2 * MOVES_PER_STEP + 5
-  pool = jnp.arange(2 * moves + 2, dtype=jnp.int32).reshape(-1, 2)
-  kv = jnp.stack([pool, -pool], axis=1)[..., None].astype(jnp.float32)
-  order = np.random.default_rng(0).permutation(np.arange(2, 2 * moves + 2))
-  sources, targets = order[:moves], order[moves:]
-  new_kv, new_scores, new_positions = compact_kv(
-      kv, pool.astype(jnp.float32), pool, jnp.asarray(sources), jnp.asarray(targets), jnp.int32(moves))
-  expected = np.arange(2 * moves + 2)
-  expected[targets] = sources
-  np.testing.assert_array_equal(new_positions.reshape(-1), expected)
-  np.testing.assert_array_equal(new_scores.reshape(-1), expected)
-  np.testing.assert_array_equal(new_kv[:, 0, :, 0].reshape(-1), expected)
-  np.testing.assert_array_equal(new_kv[:, 1, :, 0].reshape(-1), -expected)
-
-
-def test_compact_kv_moves_count_rows():
-  rng = np.random.default_rng(1)
-  kv = rng.normal(size=(4, 2, 2, 3)).astype(np.float32)
-  scores, positions = rng.random((4, 2)).astype(np.float32), np.arange(8, dtype=np.int32).reshape(4, 2)
-  # Moves block 3 slot 1 -> block 1 slot 0; the second entry is padding.
-  new = compact_kv(jnp.asarray(kv), jnp.asarray(scores), jnp.asarray(positions),
-                   jnp.array([7, 0]), jnp.array([2, 0]), jnp.int32(1))
-  kv[1, :, 0], scores[1, 0], positions[1, 0] = kv[3, :, 1], scores[3, 1], positions[3, 1]
-  for got, expected in zip(new, (kv, scores, positions), strict=True):
-    np.testing.assert_array_equal(got, expected)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from decode_problems import (
     MUTATIONS,
+    expected_log_sums,
     expected_output,
     expected_scores,
     make_problem,
@@ -18,12 +19,12 @@ from kvc_jax.kernels import backends, paged_decode_triton, stream_k
 from kvc_jax.kernels.paged_decode import paged_decode
 
 SCALE = 0.2
-SMALL = paged_decode_triton.Config(tile=16, num_stages=2, waves=((3, 0.7), (4, 0.3)), score_span=32, score_ctas=3)
+SMALL = paged_decode_triton.Config(tile=16, num_stages=2, waves=((3, 0.7), (4, 0.3)))
 
 
-def _interpret(problem, layer, *scoring, **options):
+def _interpret(problem, layer, *observed, **options):
   return paged_decode_triton.paged_decode(
-      *problem.attention, jnp.int32(layer), *scoring, scale=SCALE, config=SMALL, interpret=True, **options)
+      *problem.attention, jnp.int32(layer), *observed, scale=SCALE, config=SMALL, interpret=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -32,17 +33,36 @@ def _interpret(problem, layer, *scoring, **options):
 def test_equals_dense_attention(group, head_dim, block_size, dtype, tolerance):
   problem = make_problem(
       group, group=group, head_dim=head_dim, block_size=block_size, max_blocks=96 // block_size, dtype=dtype)
-  out, scores = _interpret(problem, 1)
-  assert scores is None
+  out, observed = _interpret(problem, 1)
+  assert observed is None
   assert out.dtype == dtype
   assert output_error(out, expected_output(problem, 1, SCALE)) < tolerance
+
+
+def test_fp8_pool():
+  problem = make_problem(
+      7, group=2, head_dim=64, block_size=16, max_blocks=6, dtype=jnp.float8_e4m3fn, query_dtype=jnp.float32)
+  out, _ = _interpret(problem, 0)
+  assert output_error(out, expected_output(problem, 0, SCALE)) < 2e-3
+
+
+def test_every_e4m3_number_unpacks_exactly():
+  numbers = jnp.arange(256, dtype=jnp.uint8).view(jnp.float8_e4m3fn)
+  low, high = paged_decode_triton._unpack(numbers.view(jnp.int16))
+  unpacked = np.stack([low, high], axis=1).reshape(-1).astype(np.float64) * 256
+  finite = np.isfinite(np.asarray(numbers, np.float64))
+  np.testing.assert_array_equal(unpacked[finite], np.asarray(numbers, np.float64)[finite])
 
 
 @pytest.mark.parametrize(("power", "buffer", "group"), [(2, 0, 2), (1, 60, 3)])
 def test_scores(power, buffer, group):
   problem = make_problem(group, group=group, head_dim=64, block_size=8, max_blocks=10)
-  _, scores = _interpret(problem, 0, *problem.scoring, power=power, buffer=buffer)
-  assert score_error(problem, scores, expected_scores(problem, 0, SCALE, power, buffer)) < 1e-5
+  _, observed = _interpret(problem, 0, problem.observed, power=power, buffer=buffer)
+  assert score_error(problem, observed, expected_scores(problem, 0, SCALE, power, buffer)) < 1e-5
+  some = np.repeat(np.asarray(problem.lengths)[0] > 0, group, axis=1)[..., None]
+  np.testing.assert_array_equal(observed.queries[0], np.where(some, problem.q, problem.observed.queries[0]))
+  np.testing.assert_array_equal(observed.queries[1], problem.observed.queries[1])
+  assert output_error(observed.log_sums[0], expected_log_sums(problem, 0, SCALE)) < 2e-6
 
 
 @pytest.mark.parametrize("waves", [((1, 1.0),), ((7, 1.0),), ((3, 0.6), (2, 0.4)), ((40, 0.8), (20, 0.15), (20, 0.05))])
@@ -108,10 +128,24 @@ def test_on_the_gpu(backend, group, head_dim, block_size, dtype):
       assert none is None
       assert output_error(out, expected_output(problem, layer, SCALE)) < TOLERANCES[name]
     for power, buffer in ((2, 0), (1, 60)):
-      out, scores = _decode(*problem.attention, jnp.int32(1), *problem.scoring, scale=SCALE, power=power, buffer=buffer)
+      out, observed = _decode(
+          *problem.attention, jnp.int32(1), problem.observed, scale=SCALE, power=power, buffer=buffer)
       assert output_error(out, expected_output(problem, 1, SCALE)) < TOLERANCES[name]
       expected = expected_scores(problem, 1, SCALE, power, buffer)
-      assert score_error(problem, scores, expected) < SCORE_TOLERANCES[name]
+      assert score_error(problem, observed, expected) < SCORE_TOLERANCES[name]
+      assert output_error(observed.log_sums[1], expected_log_sums(problem, 1, SCALE)) < TOLERANCES[name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "block_size"), [(128, 16), (64, 8), (96, 16), (256, 32)])
+def test_fp8_pool_on_the_gpu(head_dim, block_size):
+  problem = make_problem(
+      1, group=4, head_dim=head_dim, block_size=block_size, max_blocks=320 // block_size,
+      dtype=jnp.float8_e4m3fn, query_dtype=jnp.bfloat16)
+  assert backends.choose("paged_decode", backends.shape_of(problem.kv, 4, jnp.bfloat16)) == "triton"
+  out, observed = _decode(*problem.attention, jnp.int32(1), problem.observed, scale=SCALE)
+  assert output_error(out, expected_output(problem, 1, SCALE)) < TOLERANCES["bfloat16"]
+  assert score_error(problem, observed, expected_scores(problem, 1, SCALE, 2, 0)) < SCORE_TOLERANCES["bfloat16"]
 
 
 @pytest.mark.gpu
@@ -120,11 +154,10 @@ def test_on_the_gpu(backend, group, head_dim, block_size, dtype):
 def test_tolerance_catches(backend, mutation):
   problem = _gpu_problem(4, 128, 16, jnp.bfloat16)
   with backends.use(backend):
-    out, scores = _decode(*mutate(problem, mutation).attention, jnp.int32(0), *problem.scoring, scale=SCALE)
+    out, observed = _decode(*mutate(problem, mutation).attention, jnp.int32(0), problem.observed, scale=SCALE)
   assert output_error(out, expected_output(problem, 0, SCALE)) > 2 * TOLERANCES["bfloat16"]
   if mutation != "zeroed V":
-    expected = expected_scores(problem, 0, SCALE, 2, 0)
-    error = np.abs(np.nan_to_num(np.asarray(scores) - expected)[1:])
+    error = np.abs(np.nan_to_num(np.asarray(observed.scores) - expected_scores(problem, 0, SCALE, 2, 0))[1:])
     assert error.max() > 2 * SCORE_TOLERANCES["bfloat16"]
 
 
@@ -136,14 +169,15 @@ def test_pool_over_4_gib(backend):
   shift = (9 << 29) // (2 * block_size * head_dim * 2)
   kv = jnp.concatenate([jnp.zeros((shift, *problem.kv.shape[1:]), jnp.bfloat16), problem.kv])
   assert kv.nbytes > 4 << 30
-  scores, positions = (jnp.pad(x, ((shift, 0), (0, 0))) for x in (problem.scores, problem.positions))
+  observed = problem.observed._replace(
+      scores=jnp.pad(problem.observed.scores, ((shift, 0), (0, 0))),
+      positions=jnp.pad(problem.observed.positions, ((shift, 0), (0, 0))))
   tables = jnp.where(problem.tables > 0, problem.tables + shift, 0)
   with backends.use(backend):
-    out, scores = _decode(
-        problem.q, kv, tables, problem.lengths, jnp.int32(1), scores, positions, problem.query_positions, scale=SCALE)
-    small, small_scores = _decode(*problem.attention, jnp.int32(1), *problem.scoring, scale=SCALE)
+    out, observed = _decode(problem.q, kv, tables, problem.lengths, jnp.int32(1), observed, scale=SCALE)
+    small, small_observed = _decode(*problem.attention, jnp.int32(1), problem.observed, scale=SCALE)
   np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(small, np.float32))
-  np.testing.assert_array_equal(scores[shift + 1 :], small_scores[1:])
+  np.testing.assert_array_equal(observed.scores[shift + 1 :], small_observed.scores[1:])
 
 
 @pytest.mark.gpu
