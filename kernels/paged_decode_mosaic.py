@@ -58,15 +58,15 @@ _SHARED_BYTES = 227 * 1024
 def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config:
   """The measured choice for a pool [N, 2, P, D] and `columns` query rows of a tile, padded.
 
-  Two CTAs share a multiprocessor where registers and at least three stages let them.
+  Two CTAs share a multiprocessor where registers and at least two stages let them.
   """
   _, _, _, head_dim = kv.shape
   cores, tile, itemsize = backends.num_cores(), 64, kv.dtype.itemsize
   stage = tile * (2 * head_dim * itemsize + 8)  # with scores and positions
   fixed = columns * (head_dim * ((_Q_SLOTS + 1) * itemsize + 4) + tile * itemsize) + 4 * 1024
-  for ctas in (2, 1) if columns == 8 else (1,):
+  for ctas in (2, 1) if columns <= 16 else (1,):
     stages = (_SHARED_BYTES // ctas - (ctas - 1) * 1024 - fixed) // stage
-    if stages >= 3:
+    if stages >= 2:
       break
   return Config(tile=tile, stages=min(stages, 6), waves=((ctas * cores, 1.0),))
 
@@ -363,12 +363,17 @@ def _over(by_head, rows):
 
 def _zero_behind_end(cta, slot, held):
   """Zeroes a tile's values from row `held` on."""
-  values = cta.smem["v"].at[slot]
-  for part in range(cta.plan.config.tile // 64):  # few registers at a time
-    rows = values.at[pl.ds(part * 64, 64)]
-    row = part * 64 + plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=_MATRIX)
-    old = plgpu.load(rows, layout=_MATRIX)
-    rows[...] = jnp.where(row < held, old, jnp.zeros_like(old))
+  parts = cta.plan.head_dim // 64
+
+  def body(step, carry):  # a loop, to take few registers
+    first, column = lax.div(step, parts) * 64, lax.rem(step, parts) * 64
+    values = cta.smem["v"].at[slot, pl.ds(first, 64), pl.ds(column, 64)]
+    row = first + plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
+    old = plgpu.load(values, layout=_MATRIX)
+    values[...] = jnp.where(row < held, old, jnp.zeros_like(old))
+    return carry
+
+  lax.fori_loop(0, cta.plan.config.tile // 64 * parts, body, None)
 
 
 def _store_partial(cta, pair, acc, top, total):
