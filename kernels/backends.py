@@ -84,6 +84,13 @@ class Support:
 
 _AMPERE, _ADA, _HOPPER, _NEWEST = (8, 0), (8, 9), (9, 0), (99, 0)
 
+KEYS = Shape(dtype="uint32", query_dtype="float32", head_dim=1, group=1, block_size=1)
+"""For ops that read a uint32 per KV, whatever the pool's shape."""
+
+_KEYS_ON_TRITON = Support(
+    backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=frozenset({"uint32"}), head_dims=frozenset({1}),
+    block_sizes=frozenset({1}))
+
 TABLE: dict[str, tuple[Support, ...]] = {
     "paged_decode": (
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
@@ -103,11 +110,8 @@ TABLE: dict[str, tuple[Support, ...]] = {
     "compact_kv": (
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
     ),
-    # It reads keys in list order, whatever the pool's shape.
-    "count_at_most": (
-        Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=frozenset({"uint32"}),
-                head_dims=frozenset({1}), block_sizes=frozenset({1})),
-    ),
+    "count_at_most": (_KEYS_ON_TRITON,),
+    "lowest_kvs": (_KEYS_ON_TRITON,),
 }
 """Op -> its backends, the preferred one first. XLA stands behind them all."""
 

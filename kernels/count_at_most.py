@@ -8,7 +8,7 @@ from kvc_jax.kernels import backends, count_at_most_triton, count_at_most_xla
 
 def count_at_most(
     keys: UInt32[Array, "rows kvs"],
-    thresholds: UInt32[Array, "rows thresholds"],
+    thresholds: UInt32[Array, "groups thresholds"],
     lengths: Int[Array, " rows"],
 ) -> jax.Array:
   """Keys of each row, among its first `lengths`, that are at most each threshold.
@@ -18,14 +18,14 @@ def count_at_most(
 
   Args:
     keys: u32 [R, K].
-    thresholds: u32 [R, T].
+    thresholds: u32 [E, T], for R / E neighbouring rows each.
     lengths: i32 [R], each at most K.
 
   Returns:
     i32 [R, T].
   """
   rows, _ = keys.shape
-  if thresholds.shape[0] != rows or lengths.shape != (rows,):
+  if rows % thresholds.shape[0] or lengths.shape != (rows,):
     raise ValueError(f"count_at_most: keys {keys.shape}, thresholds {thresholds.shape}, lengths {lengths.shape}")
   run = {"triton": count_at_most_triton.count_at_most}.get(_backend(), count_at_most_xla.count_at_most)
   return run(keys, thresholds, lengths)
@@ -37,5 +37,4 @@ def bits_per_step() -> int:
 
 
 def _backend() -> str:
-  shape = backends.Shape(dtype="uint32", query_dtype="float32", head_dim=1, group=1, block_size=1)
-  return backends.choose("count_at_most", shape)
+  return backends.choose("count_at_most", backends.KEYS)

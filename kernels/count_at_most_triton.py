@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -33,17 +34,18 @@ def count_at_most(
   """See `count_at_most.count_at_most`; `interpret` runs on the CPU, for tests."""
   config = config or Config()
   rows, kvs = keys.shape
-  wanted = thresholds.shape[1]
+  groups, wanted = thresholds.shape
   chunks = pl.cdiv(kvs, config.chunk)
   counts = pl.pallas_call(
-      functools.partial(_kernel, kvs=kvs, chunk=config.chunk, chunks=chunks, wanted=wanted),
+      functools.partial(
+          _kernel, kvs=kvs, chunk=config.chunk, chunks=chunks, wanted=wanted, heads=rows // groups),
       out_shape=jax.ShapeDtypeStruct((rows * chunks * wanted,), jnp.int32), grid=(rows, chunks), interpret=interpret,
       name="count_at_most", compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
   )(keys.reshape(-1), thresholds.reshape(-1), lengths)
   return jnp.sum(counts.reshape(rows, chunks, wanted), axis=1)
 
 
-def _kernel(keys_ref, thresholds_ref, lengths_ref, counts_ref, *, kvs, chunk, chunks, wanted):
+def _kernel(keys_ref, thresholds_ref, lengths_ref, counts_ref, *, kvs, chunk, chunks, wanted, heads):
   row, column = pl.program_id(0), pl.program_id(1)
   at = (row * chunks + column) * wanted
   held = lengths_ref[row] - column * chunk
@@ -53,7 +55,7 @@ def _kernel(keys_ref, thresholds_ref, lengths_ref, counts_ref, *, kvs, chunk, ch
     lane = jnp.arange(chunk, dtype=jnp.int32)
     keys = plt.load(keys_ref.at[row * kvs + column * chunk + lane], mask=lane < held, other=0)
     for i in range(wanted):
-      below = (keys <= thresholds_ref[row * wanted + i]) & (lane < held)
+      below = (keys <= thresholds_ref[lax.div(row, jnp.int32(heads)) * wanted + i]) & (lane < held)
       counts_ref[at + i] = jnp.sum(below.astype(jnp.int32))
 
   @pl.when(held <= 0)

@@ -80,8 +80,7 @@ def evict(
   excess = _excess(lengths, cache_tokens, state.block_size, allocation)
 
   rows, held = tables.reshape(-1, columns), lengths.reshape(-1)  # [R, M] and [R], R = B * L * H
-  freed, evictions, evicted = select(
-      keys, lambda: state.positions[rows].reshape(keys.shape), held, excess, state.block_size)
+  freed, evictions, evicted = select(keys, state.positions, rows, held, excess)
   kept = held - evictions
   state = compact(state, evicted, rows, held, kept)
   state = push_blocks(state, rows, blocks_held(kept, state.block_size), blocks_held(held, state.block_size))
