@@ -106,6 +106,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face or converted checkpoint")
   group = parser.add_argument_group("model and cache")
   group.add_argument("--dtype", choices=_DTYPES, help="of weights and cache; the checkpoint's own by default")
+  group.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto",
+                     help="of the cache alone; fp8 halves a bfloat16 one (default: %(default)s)")
   group.add_argument("--max-model-len", type=int, help="most tokens of prompt and output together")
   group.add_argument("--max-num-seqs", type=int, default=8, help="prompts that run at once (default: %(default)s)")
   group.add_argument("--block-size", type=int, default=16, help="KVs in a block (default: %(default)s)")
@@ -224,9 +226,10 @@ def _load(args: argparse.Namespace) -> Any:
   import kvc_jax
 
   return kvc_jax.LLM(
-      args.model, dtype=args.dtype, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
-      block_size=args.block_size, chunk_size=args.chunk_size, num_blocks=args.num_blocks,
-      kv_cache_memory_bytes=args.kv_cache_memory_bytes, progress=not getattr(args, "quiet", False))
+      args.model, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len,
+      max_num_seqs=args.max_num_seqs, block_size=args.block_size, chunk_size=args.chunk_size,
+      num_blocks=args.num_blocks, kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+      progress=not getattr(args, "quiet", False))
 
 
 def _as_prompts(llm: Any, args: argparse.Namespace) -> list[Any]:

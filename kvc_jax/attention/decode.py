@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kvc_jax.cache.quantize import scale_inputs, scale_output
 from kvc_jax.cache.state import CacheState
 from kvc_jax.cache.write import write
 from kvc_jax.eviction.score import ScoringRule
@@ -48,6 +49,7 @@ def decode_attention(
   """
   slots = jnp.arange(state.num_slots, dtype=jnp.int32)
   newest = state.num_tokens - 1
+  q, k, v = scale_inputs(state, layer, q, k, v)
   state = write(state, layer, slots, newest, k, v, active)
   lengths = jnp.where(active[:, None], state.lengths, 0)
   observes = rule is not None and rule.observed != "none"
@@ -57,7 +59,7 @@ def decode_attention(
   if observed is not None:
     state = dataclasses.replace(
         state, scores=observed.scores, queries=observed.queries, log_sums=observed.log_sums)
-  return out, state
+  return scale_output(state, layer, out), state
 
 
 def _observed(state: CacheState, query_positions: jax.Array) -> Observed:

@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from kvc_jax.cache.quantize import scale_inputs, scale_output
 from kvc_jax.cache.state import CacheState
 from kvc_jax.cache.write import write
 from kvc_jax.eviction.score import ScoringRule
@@ -77,6 +78,7 @@ def prefill_attention(
   row = jnp.arange(q.shape[0], dtype=jnp.int32)
   valid = row < count
   positions = state.num_tokens[slot] - count + row
+  q, k, v = scale_inputs(state, layer, q, k, v)
   state = write(state, layer, jnp.broadcast_to(slot, row.shape), positions, k, v, valid)
   prefix = state.lengths[layer, slot] - count
   out, log_sums = paged_prefill(
@@ -89,7 +91,7 @@ def prefill_attention(
     state = _add_scores(state, layer, slot, jnp.sum(sums, axis=1))
   if rule is not None and rule.observed == "last":
     observation = _observe(observation, layer, q, log_sums, count)
-  return out, state, observation
+  return scale_output(state, layer, out), state, observation
 
 
 def score_observed(

@@ -31,7 +31,7 @@ class CacheConfig:
     num_blocks: N, with the null block; N - 1 can be allocated.
     max_blocks_per_head: M; a head holds at most M * P KVs.
     block_size: P, KVs of one head in one block.
-    dtype: of the keys and values.
+    dtype: of the keys and values; float8_e4m3fn stores them scaled (cache/quantize.py).
     num_heads: query heads H*G, for decode steps that keep scores up to date; None
       for a cache without them.
   """
@@ -57,6 +57,12 @@ class CacheConfig:
       raise InputError("CacheConfig: num_blocks must be at least 2, for block 0 is never allocated")
     if self.num_blocks * self.block_size >= 2**31:
       raise InputError("CacheConfig: num_blocks * block_size must stay below 2**31, for KV slots have 32-bit numbers")
+
+  @property
+  def query_dtype(self) -> jnp.dtype:
+    """Of queries that are kept: the pool's, but never FP8."""
+    dtype = jnp.dtype(self.dtype)
+    return dtype if dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
 
   @property
   def heads_per_sequence(self) -> int:
@@ -101,6 +107,8 @@ class CacheState:
     queries: [L, S, H*G, D] each sequence's last decode query after RoPE, its
       attention not yet added to the scores; None where the config has no num_heads.
     log_sums: f32 [L, S, H*G] their log-sum-exp; +inf for a sequence without one.
+    kv_scales: f32 [L, H, 2] what the keys and the values of an FP8 pool are to be
+      multiplied by; None for other pools. Constant.
   """
 
   kv: jax.Array
@@ -113,6 +121,7 @@ class CacheState:
   free_count: jax.Array
   queries: jax.Array | None = None
   log_sums: jax.Array | None = None
+  kv_scales: jax.Array | None = None
 
   @property
   def num_layers(self) -> int:
@@ -139,12 +148,22 @@ class CacheState:
     return self.kv.shape[2]
 
 
-def init_cache(config: CacheConfig) -> CacheState:
-  """An empty cache: every block but the null block is free."""
+def init_cache(config: CacheConfig, kv_scales: jax.Array | None = None) -> CacheState:
+  """An empty cache: every block but the null block is free.
+
+  Args:
+    config: its shape.
+    kv_scales: f32 [L, H, 2] of keys and values, for an FP8 pool; 1 by default
+      (cache/quantize.py finds better ones).
+  """
   n, p = config.num_blocks, config.block_size
   rows = (config.num_layers, config.num_slots)
   heads = (*rows, config.num_kv_heads)
   observes = config.num_heads is not None
+  if jnp.dtype(config.dtype).itemsize > 1:
+    kv_scales = None
+  elif kv_scales is None:
+    kv_scales = jnp.ones((config.num_layers, config.num_kv_heads, 2), jnp.float32)
   return CacheState(
       kv=jnp.zeros((n, 2, p, config.head_dim), config.dtype),
       scores=jnp.zeros((n, p), jnp.float32),
@@ -155,8 +174,9 @@ def init_cache(config: CacheConfig) -> CacheState:
       # Popped from the end: blocks come as 1, 2, 3, ...; entry N-1 is never live.
       free_ids=jnp.arange(n - 1, -1, -1, dtype=jnp.int32),
       free_count=jnp.asarray(n - 1, jnp.int32),
-      queries=jnp.zeros((*rows, config.num_heads, config.head_dim), config.dtype) if observes else None,
+      queries=jnp.zeros((*rows, config.num_heads, config.head_dim), config.query_dtype) if observes else None,
       log_sums=jnp.full((*rows, config.num_heads), jnp.inf, jnp.float32) if observes else None,
+      kv_scales=None if kv_scales is None else jnp.asarray(kv_scales, jnp.float32),
   )
 
 

@@ -76,10 +76,11 @@ class Batch:
     chunk_size: tokens of a prefill chunk.
   """
 
-  def __init__(self, model: Llama, config: CacheConfig, chunk_size: int):
+  def __init__(self, model: Llama, config: CacheConfig, chunk_size: int, kv_scales: jax.Array | None = None):
     self.model = model
     self.config = config
     self.chunk_size = chunk_size
+    self._kv_scales = None if kv_scales is None else np.asarray(kv_scales)
     self._start_empty()
     # Sequences per eviction call: each costs temporaries of some bytes for every KV its tables could hold.
     longest = config.max_blocks_per_head * config.block_size
@@ -92,7 +93,7 @@ class Batch:
     self._start_empty()
 
   def _start_empty(self) -> None:
-    self.state = init_cache(self.config)
+    self.state = init_cache(self.config, self._kv_scales)
     self._free_slots = list(range(self.config.num_slots - 1, -1, -1))
 
   @property
@@ -114,7 +115,7 @@ class Batch:
     rule = sequence.compression.scoring if sequence.compression else None
     shape = self.model.config
     observation = init_observation(
-        rule, shape.num_layers, shape.num_heads, shape.head_dim, self.config.dtype)
+        rule, shape.num_layers, shape.num_heads, shape.head_dim, self.config.query_dtype)
     for start in range(0, len(sequence.prompt), self.chunk_size):
       piece = sequence.prompt[start : start + self.chunk_size]
       tokens = np.zeros(self.chunk_size, np.int32)

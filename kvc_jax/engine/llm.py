@@ -14,10 +14,12 @@ import numpy as np
 import tqdm
 from jax.typing import DTypeLike
 
+from kvc_jax.cache.quantize import FP8
 from kvc_jax.cache.state import CacheConfig
 from kvc_jax.checkpoint.store import load_model
 from kvc_jax.config import LlamaConfig
 from kvc_jax.engine.batch import Batch, Sequence
+from kvc_jax.engine.calibrate import kv_scales
 from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk
 from kvc_jax.errors import InputError
@@ -31,6 +33,7 @@ OnText = Callable[[StreamChunk], None]
 OnResult = Callable[[RequestOutput], None]
 
 _CPU_POOL_BYTES = 1 << 30
+_CALIBRATION_TOKENS = 256
 _DEVICE_MEMORY_SHARE = 0.9
 
 
@@ -48,6 +51,7 @@ class LLM:
       model: str | pathlib.Path,
       *,
       dtype: DTypeLike | None = None,
+      kv_cache_dtype: str = "auto",
       max_model_len: int | None = None,
       max_num_seqs: int = 8,
       block_size: int = 16,
@@ -62,6 +66,8 @@ class LLM:
     Args:
       model: folder of a Hugging Face or converted checkpoint.
       dtype: of weights and cache; the checkpoint's own by default.
+      kv_cache_dtype: "auto" for that of the weights, or "fp8" (e4m3, a scale per
+        head): half the bytes of bfloat16 per KV.
       max_model_len: the model's own context by default, and at most that.
       max_num_seqs: S, sequences that run at once.
       block_size: P, KVs in a block; a power of two.
@@ -87,8 +93,10 @@ class LLM:
     if chunk_size < 1 or max_num_seqs < 1:
       raise InputError(f"chunk_size is {chunk_size} and max_num_seqs {max_num_seqs}; both must be at least 1")
     self.config = _cache_config(
-        self._model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes)
-    self._batch = Batch(self._model, self.config, min(chunk_size, self.max_model_len))
+        self._model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes,
+        _kv_dtype(kv_cache_dtype, self._model))
+    scales = _calibrated(self._model, self.max_model_len) if kv_cache_dtype == "fp8" else None
+    self._batch = Batch(self._model, self.config, min(chunk_size, self.max_model_len), scales)
     self._eos_ids = self.tokenizer.eos_ids | frozenset(shape.eos_token_ids)
     self._seeds = np.random.SeedSequence(seed)
     self._busy = False
@@ -352,12 +360,23 @@ def _context(asked: int | None, own: int) -> int:
   return asked or own
 
 
+def _kv_dtype(asked: str, model: Llama) -> DTypeLike:
+  if asked not in ("auto", "fp8"):
+    raise InputError(f"kv_cache_dtype is {asked!r}; give 'auto' or 'fp8'")
+  return FP8 if asked == "fp8" else model.embed.embedding[...].dtype
+
+
+def _calibrated(model: Llama, max_model_len: int) -> jax.Array:
+  """Scales of an FP8 cache."""
+  tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, min(_CALIBRATION_TOKENS, max_model_len))
+  return kv_scales(model, tokens.astype(np.int32))
+
+
 def _cache_config(
     model: Llama, max_model_len: int, max_num_seqs: int, block_size: int,
-    num_blocks: int | None, memory_bytes: int | None,
+    num_blocks: int | None, memory_bytes: int | None, dtype: DTypeLike,
 ) -> CacheConfig:
   shape = model.config
-  dtype = model.embed.embedding[...].dtype
   config = CacheConfig(
       num_layers=shape.num_layers, num_slots=max_num_seqs, num_kv_heads=shape.num_kv_heads,
       head_dim=shape.head_dim, num_blocks=2, max_blocks_per_head=-(-max_model_len // block_size),

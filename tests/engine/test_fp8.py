@@ -1,0 +1,118 @@
+"""FP8 blocks: how near they come to full precision, and what they save."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import poison
+
+from kvc_jax import LLM, Compression, InputError, SamplingParams
+from kvc_jax.attention.decode import decode_attention
+from kvc_jax.attention.prefill import init_observation, prefill_attention
+from kvc_jax.cache.alloc import allocate
+from kvc_jax.cache.quantize import FP8
+from kvc_jax.cache.state import CacheConfig, init_cache
+from kvc_jax.engine.calibrate import kv_scales
+from kvc_jax.eviction.score_full import FullAttention
+
+STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
+LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 16
+TOLERANCE = 0.04
+"""Of the output's norm: e4m3 has three bits behind the leading one, so it rounds by 2.6% on the average."""
+
+
+def _config(dtype):
+  return CacheConfig(
+      num_layers=LAYERS, num_slots=1, num_kv_heads=HEADS, head_dim=DIM, num_blocks=80, max_blocks_per_head=16,
+      block_size=4, dtype=dtype, num_heads=HEADS * GROUP)
+
+
+def _run(dtype, *, scales=None, spread=1.0, chunk=32):
+  """Outputs of 32 prompt tokens and of 2 decoded ones, [34, H*G, D] a layer, and the cache."""
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(34, LAYERS, n, DIM)).astype(np.float32) for n in (HEADS * GROUP, HEADS, HEADS))
+  k, v = k * spread, v * spread
+  state, rule = poison(init_cache(_config(dtype), scales)), FullAttention(power=1, buffer=0)
+  observation = init_observation(rule, LAYERS, HEADS * GROUP, DIM, jnp.float32)
+  slot, outs = jnp.array([0]), []
+  for start in range(0, 32, chunk):
+    state, _ = allocate(state, slot, jnp.array([chunk]), max_count=chunk)
+    rows = []
+    for layer in range(LAYERS):
+      piece = (x[start : start + chunk, layer] for x in (q, k, v))
+      out, state, observation = prefill_attention(
+          state, observation, jnp.int32(layer), *piece, slot=slot[0], count=jnp.int32(chunk), scale=0.2 / spread,
+          rule=rule)
+      rows.append(out)
+    outs.append(np.stack(rows, axis=1))
+  for token in (32, 33):
+    state, _ = allocate(state, slot, jnp.array([1]), max_count=1)
+    rows = []
+    for layer in range(LAYERS):
+      piece = (x[token : token + 1, layer] for x in (q, k, v))
+      out, state = decode_attention(
+          state, jnp.int32(layer), *piece, active=jnp.array([True]), scale=0.2 / spread, rule=rule)
+      rows.append(out)
+    outs.append(np.stack(rows, axis=1))
+  return np.concatenate(outs), state
+
+
+@pytest.mark.parametrize(("spread", "scale"), [(1.0, None), (1.0, 0.01), (3000.0, 30.0), (1e-3, 1e-5)])
+def test_near_full_precision_whatever_the_range(spread, scale):
+  scales = None if scale is None else np.full((LAYERS, HEADS, 2), scale, np.float32)
+  full, full_state = _run(jnp.float32, spread=spread)
+  fp8, state = _run(FP8, spread=spread, scales=scales)
+  assert state.kv.dtype == FP8
+  assert np.linalg.norm(fp8 - full) < TOLERANCE * np.linalg.norm(full)
+  held = ~np.isnan(np.asarray(full_state.scores))
+  np.testing.assert_allclose(np.asarray(state.scores)[held], np.asarray(full_state.scores)[held], rtol=0.2, atol=0.02)
+
+
+def test_without_a_scale_a_wide_range_is_cut_off_but_stays_finite():
+  full, _ = _run(jnp.float32, spread=3000.0)
+  fp8, _ = _run(FP8, spread=3000.0)
+  assert np.isfinite(fp8).all()
+  assert np.linalg.norm(fp8 - full) > TOLERANCE * np.linalg.norm(full)
+
+
+def test_chunks_do_not_change_what_is_attended():
+  whole, _ = _run(FP8)
+  parts, _ = _run(FP8, chunk=8)
+  np.testing.assert_allclose(parts, whole, atol=2e-2)  # queries are rounded alike; sums differ in order
+
+
+def test_calibrated_scales_put_the_range_at_half_of_e4m3():
+  llm = LLM(STORIES, max_num_seqs=1)
+  scales = kv_scales(llm._model, jnp.arange(1, 200, dtype=jnp.int32))
+  shape = llm._model.config
+  assert scales.shape == (shape.num_layers, shape.num_kv_heads, 2)
+  seen = []
+
+  def attend(layer, q, k, v, state):
+    jax.debug.callback(lambda *x: seen.append([np.abs(a).max(axis=(0, 2)) for a in x]), k, v)
+    return q * 0, state
+
+  llm._model(jnp.arange(1, 200, dtype=jnp.int32), jnp.arange(199), attend)
+  jax.effects_barrier()
+  np.testing.assert_allclose(scales[0], np.stack(seen[0], axis=1) * 2 / 448, rtol=1e-5)  # the first layer's inputs
+
+
+def test_llm_with_an_fp8_cache():
+  """Half the bytes of a bf16 cache, and next to the same logits: the text stays the story for a while."""
+  greedy = SamplingParams(temperature=0, max_tokens=24)
+  plain = LLM(STORIES, max_num_seqs=1, dtype="float32")
+  small = LLM(STORIES, max_num_seqs=1, dtype="float32", kv_cache_dtype="fp8")
+  per_kv = 2 * plain.config.head_dim
+  assert (plain.config.bytes_per_block - small.config.bytes_per_block) == plain.config.block_size * per_kv * (4 - 1)
+  (expected,), (output,) = (llm.generate("Once upon a time", greedy) for llm in (plain, small))
+  same = [a == b for a, b in zip(expected.token_ids, output.token_ids, strict=True)]
+  assert all(same[:8])
+  (compressed,) = small.generate("Once upon a time" * 20, greedy, Compression(rate=4, window=4))
+  assert compressed.receipt.rate_reached > 1.5
+
+
+def test_unknown_cache_dtype():
+  with pytest.raises(InputError, match="kv_cache_dtype is 'int4'; give 'auto' or 'fp8'"):
+    LLM(STORIES, kv_cache_dtype="int4")
