@@ -31,6 +31,7 @@ from kvc_jax.engine import steps
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.kernels.paged_prefill import paged_prefill
+from kvc_jax.model.llama import unstack_layers
 
 CONFIG = bench_common.llama_8b()
 GROUP = CONFIG.num_heads // CONFIG.num_kv_heads
@@ -166,7 +167,7 @@ def _time_chunk(model, tokens: int, kind: str, rule) -> tuple[Timing, CacheState
 
 def chunk_rows(tokens: int, peak: float) -> Iterator[dict[str, Any]]:
   """`prefill_chunk` of the whole model, over each kind of prefix and with each way to score."""
-  model = bench_common.random_model(CONFIG)
+  model = unstack_layers(bench_common.random_model(CONFIG))  # as the engine does on a GPU
   jax.block_until_ready(nnx.state(model))
   cases: tuple[tuple[str, Any], ...] = (
       ("none", None), ("none", WindowAttention()), ("full", None), ("ragged", None), ("none", FullAttention()))
