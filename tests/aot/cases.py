@@ -16,6 +16,7 @@ from kvc_jax.kernels import backends
 from kvc_jax.kernels.column_scores import column_scores
 from kvc_jax.kernels.compact_kv import compact_kv
 from kvc_jax.kernels.count_at_most import count_at_most
+from kvc_jax.kernels.lowest_kvs import lowest_kvs
 from kvc_jax.kernels.observed import Observed
 from kvc_jax.kernels.paged_decode import paged_decode
 from kvc_jax.kernels.paged_prefill import paged_prefill
@@ -179,6 +180,15 @@ def _count(shape: backends.Shape) -> Program:
   return Program(count_at_most, (_array((256, 8192), jnp.uint32), _array((256, 15), jnp.uint32), _array((256,))))
 
 
+def _lowest(shape: backends.Shape) -> Program:
+  del shape  # keys are read in list order, whatever the pool's shape
+  blocks, block_size = 512, 16
+  args = (
+      _array((256, blocks * block_size), jnp.uint32), _array((1 << 17, block_size)), _array((256, blocks)),
+      _array((256,)), _array((256,)))
+  return Program(lowest_kvs, args)
+
+
 _PROGRAMS: dict[str, dict[str, Callable[[backends.Shape], Program]]] = {
     "paged_decode": {
         "plain": lambda shape: _decode(shape, buffer=None),
@@ -189,24 +199,26 @@ _PROGRAMS: dict[str, dict[str, Callable[[backends.Shape], Program]]] = {
     "column_scores": {"plain": _column_scores},
     "compact_kv": {"plain": _compact},
     "count_at_most": {"plain": _count},
+    "lowest_kvs": {"plain": _lowest},
 }
 """Op -> what is compiled of it. An op of the table that is missing here fails the run."""
 
 
-def _state() -> Any:
+def _state(dtype: Any = jnp.bfloat16) -> Any:
   """A cache of the 8B shape's heads, with a pool of POOL_BYTES."""
-  blocks = POOL_BYTES // (2 * 16 * 128 * 2)
+  blocks = POOL_BYTES // (2 * 16 * 128 * jnp.dtype(dtype).itemsize)
   config = CacheConfig(
       num_layers=_LAYERS, num_slots=_SEQS, num_kv_heads=8, head_dim=128, num_blocks=blocks,
-      max_blocks_per_head=_BLOCKS_PER_HEAD, num_heads=32)
+      max_blocks_per_head=_BLOCKS_PER_HEAD, num_heads=32, dtype=dtype)
   return jax.eval_shape(lambda: init_cache(config))
 
 
-def _decode_step(rule: WindowAttention | None) -> Program:
+def _decode_step(rule: WindowAttention | None, dtype: Any = jnp.bfloat16) -> Program:
   config = LlamaConfig(
       vocab_size=1024, hidden_size=1024, intermediate_size=2048, num_layers=_LAYERS, num_heads=32, num_kv_heads=8,
       head_dim=128, rms_norm_eps=1e-5, rope=RopeConfig())
-  args = (abstract_llama(config, jnp.bfloat16, stacked=False), _state(), _array((_SEQS,)), _array((_SEQS,), jnp.bool_))
+  model = abstract_llama(config, jnp.bfloat16, stacked=False)
+  args = (model, _state(dtype), _array((_SEQS,)), _array((_SEQS,), jnp.bool_))
   return Program(steps.decode_step, args, (1,), {"rule": rule})
 
 
@@ -219,6 +231,8 @@ def _evict_step() -> Program:
 _STEPS: dict[str, tuple[str, Callable[[], Program]]] = {
     "decode_step": ("paged_decode", lambda: _decode_step(None)),
     "decode_step, scored": ("paged_decode", lambda: _decode_step(WindowAttention())),
+    "decode_step, scored, e4m3 pool": (
+        "paged_decode", lambda: _decode_step(WindowAttention(), jnp.float8_e4m3fn)),
     "evict": ("compact_kv", _evict_step),
 }
 """Steps of the engine, with the op whose kernel must be found in them."""
