@@ -217,7 +217,8 @@ DECODE_SHAPES = {
 
 def make_cache(
     lengths: np.ndarray, *, head_dim: int = 128, block_size: int = 16, dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    spare_blocks: int = 0, max_blocks_per_head: int | None = None, seed: int = 0,
+    spare_blocks: int = 0, max_blocks_per_head: int | None = None, num_heads: int | None = None,
+    shuffled: bool = True, seed: int = 0,
 ) -> CacheState:
   """A cache that holds `lengths` KVs [L, S, H], in blocks scattered at random over the pool.
 
@@ -228,6 +229,8 @@ def make_cache(
     dtype: of the pool.
     spare_blocks: free blocks besides those that are held.
     max_blocks_per_head: M; by default what the longest head needs.
+    num_heads: query heads, for decode steps that score.
+    shuffled: False leaves each head's blocks in order, as a fresh pool hands them out.
     seed: of block ids and values.
   """
   rng = np.random.default_rng(seed)
@@ -236,8 +239,10 @@ def make_cache(
   total = int(blocks.sum())
   config = CacheConfig(
       num_layers=layers, num_slots=slots, num_kv_heads=kv_heads, head_dim=head_dim, block_size=block_size,
-      num_blocks=1 + total + spare_blocks, max_blocks_per_head=max_blocks_per_head or int(blocks.max()), dtype=dtype)
-  ids = rng.permutation(total + spare_blocks).astype(np.int32) + 1
+      num_blocks=1 + total + spare_blocks, max_blocks_per_head=max_blocks_per_head or int(blocks.max()), dtype=dtype,
+      num_heads=num_heads)
+  every = total + spare_blocks
+  ids = (rng.permutation(every) if shuffled else np.arange(every)).astype(np.int32) + 1
   tables = np.zeros((*lengths.shape, config.max_blocks_per_head), np.int32)
   tables[np.arange(config.max_blocks_per_head) < blocks[..., None]] = ids[:total]
   positions = np.zeros((config.num_blocks, block_size), np.int32)
@@ -246,8 +251,15 @@ def make_cache(
   free_ids = np.zeros(config.num_blocks, np.int32)
   free_ids[:spare_blocks] = ids[total:]
   empty = jax.eval_shape(lambda: init_cache(config))  # the pool is built once, below
+  others = {} if num_heads is None else {
+      "queries": jax.random.normal(jax.random.key(seed), empty.queries.shape, empty.queries.dtype),
+      # About that of random queries over all keys, so that probabilities are probabilities.
+      "log_sums": jnp.full(empty.log_sums.shape, 0.5 + math.log(lengths.mean()), jnp.float32)}
+  if empty.kv_scales is not None:
+    others["kv_scales"] = jnp.ones(empty.kv_scales.shape, jnp.float32)
   return dataclasses.replace(
-      empty, kv=_random_pool(empty.kv, seed), scores=jax.random.uniform(jax.random.key(seed), empty.scores.shape),
+      empty, **others, kv=_random_pool(empty.kv, seed),
+      scores=jax.random.uniform(jax.random.key(seed), empty.scores.shape),
       positions=jnp.asarray(positions), tables=jnp.asarray(tables), lengths=jnp.asarray(lengths, jnp.int32),
       num_tokens=jnp.asarray(lengths.max((0, 2)), jnp.int32), free_ids=jnp.asarray(free_ids),
       free_count=jnp.asarray(spare_blocks, jnp.int32))

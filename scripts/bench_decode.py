@@ -1,0 +1,163 @@
+"""Times paged decode attention on one GPU, beside FlashInfer, JAX's own kernel and torch SDPA.
+
+One row per shape and variant: microseconds of one layer's attention, the bytes of its KVs
+over that time, and this over the read bandwidth measured in the same run. Layers are
+chained, each layer's queries being the output of the one before.
+
+  python scripts/bench_decode.py [SHAPE ...] [--variant NAME ...] [--peer NAME ...] [--out FOLDER]
+"""
+
+import argparse
+import dataclasses
+import functools
+
+import bench_common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+
+from kvc_jax.cache.state import CacheState
+from kvc_jax.kernels import backends
+from kvc_jax.kernels.observed import Observed
+from kvc_jax.kernels.paged_decode import paged_decode
+
+_LAYER_BYTES = 6 << 30  # of KVs in all layers together, many times the L2 cache
+_MOST_LAYERS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+  """What is timed.
+
+  Attributes:
+    backend: of the op.
+    scores: whether scores are kept up to date.
+    buffer: newest tokens that a query does not count for; above 0 positions are read too.
+    shuffled: whether blocks lie at random, or as a fresh pool hands them out.
+    dtype: of the pool; queries are bfloat16.
+  """
+
+  backend: str = "auto"
+  scores: bool = False
+  buffer: int = 0
+  shuffled: bool = True
+  dtype: str = "bfloat16"
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "scores": Variant(scores=True),
+    "scores, buffer 10": Variant(scores=True, buffer=10),
+    "in order": Variant(shuffled=False),
+    "in order, scores": Variant(shuffled=False, scores=True),
+    "triton": Variant(backend="triton"),
+    "mosaic": Variant(backend="mosaic"),
+    "mosaic, scores": Variant(backend="mosaic", scores=True),
+    "fp8": Variant(dtype="float8_e4m3fn"),
+    "xla": Variant(backend="xla"),
+}
+_USUAL = ("plain", "scores", "in order", "in order, scores")
+_SECONDARY = ("scores, buffer 10", "fp8")  # on the first shape alone
+PEER_SHAPES = tuple(name for name, shape in bench_common.DECODE_SHAPES.items() if shape.ragged_by != "head")
+
+
+def time_variant(shape: bench_common.DecodeShape, variant: Variant) -> tuple[bench_common.Timing, float]:
+  """Time of one layer's attention, and the bytes of its KVs."""
+  item = jnp.dtype(variant.dtype).itemsize
+  one = int(shape.lengths(1).sum()) * 2 * shape.head_dim * item
+  layers = min(_MOST_LAYERS, max(2, _LAYER_BYTES // one))
+  heads = shape.kv_heads * shape.group
+  state = bench_common.make_cache(
+      shape.lengths(layers), head_dim=shape.head_dim, block_size=shape.block_size, dtype=variant.dtype,
+      shuffled=variant.shuffled, num_heads=heads)
+  q = jax.random.normal(jax.random.key(1), (shape.seqs, heads, shape.head_dim), jnp.bfloat16)
+  size = bench_common.kv_bytes(state)
+  with backends.use(variant.backend):
+    run = jax.jit(functools.partial(_layers, variant=variant), donate_argnums=(0, 1)).lower(q, state).compile()
+    slow = variant.backend == backends.XLA
+    timing, _ = bench_common.time_calls(
+        lambda carry: run(*carry), (q, state), repeats=2 if slow else 20, rounds=2 if slow else 5)
+  return timing.per(layers), size
+
+
+def _layers(q: jax.Array, state: CacheState, *, variant: Variant) -> tuple[jax.Array, CacheState]:
+  observed = None
+  if variant.scores:
+    observed = Observed(state.scores, state.positions, state.queries, state.log_sums, state.num_tokens - 1)
+  for layer in range(state.num_layers):
+    q, observed = paged_decode(
+        q, state.kv, state.tables, state.lengths, jnp.int32(layer), observed, scale=q.shape[-1]**-0.5,
+        buffer=variant.buffer)
+  if observed is not None:
+    state = dataclasses.replace(
+        state, scores=observed.scores, queries=observed.queries, log_sums=observed.log_sums)
+  return q, state
+
+
+def run_shape(name: str, variants: list[str], bandwidth: float) -> list[dict]:
+  """A row for each variant that the device has."""
+  shape, rows = bench_common.DECODE_SHAPES[name], []
+  for label in variants:
+    variant = VARIANTS[label]
+    supported = {support.backend for support in backends.TABLE["paged_decode"]} | {"auto", backends.XLA}
+    if variant.backend not in supported:
+      continue
+    timing, size = time_variant(shape, variant)
+    rows.append({"shape": name, "variant": label, **timing.row(), "TB/s": size / timing.median / 1e12,
+                 "of_bandwidth": size / timing.median / bandwidth})
+    bench_common.print_table(rows[-1:])
+  return rows
+
+
+def run_peers(names: list[str], wanted: list[str], bandwidth: float) -> list[dict]:
+  """A row for each peer, shape and variant; a peer that is not installed leaves its error."""
+  rows = []
+  for peer in wanted:
+    for found in peers.measure(peer, names):
+      row = {"shape": found["shape"], "variant": f"{peer} {found.get('variant', '')}".strip()}
+      if "us" in found:
+        rate = found["kv_bytes"] / (found["us"] * 1e-6)
+        row |= {key: found[key] for key in ("us", "us_least", "us_most")}
+        row |= {"TB/s": rate / 1e12, "of_bandwidth": rate / bandwidth}
+      else:
+        row["error"] = found["error"][:200]
+      rows.append(row)
+  return rows
+
+
+def compare(rows: list[dict]) -> None:
+  """Adds to our rows their speed over FlashInfer's better layout, on the same shape."""
+  best: dict[str, float] = {}
+  for row in rows:
+    if row["variant"].startswith("flashinfer") and "us" in row:
+      best[row["shape"]] = min(row["us"], best.get(row["shape"], np.inf))
+  for row in rows:
+    if row["variant"] in VARIANTS and row["shape"] in best:
+      row["over_flashinfer"] = best[row["shape"]] / row["us"]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  shapes = list(bench_common.DECODE_SHAPES)
+  parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(shapes)}; all by default")
+  parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; the usual by default")
+  parser.add_argument("--peer", action="append", choices=[*peers.PEERS, "none"], help="may be repeated; all by default")
+  parser.add_argument("--out", default=bench_common.RESULTS, help="folder for decode.json")
+  options = parser.parse_args()
+  unknown = set(options.shapes) - set(shapes)
+  if unknown:
+    parser.error(f"unknown shape {', '.join(sorted(unknown))}; known: {', '.join(shapes)}")
+  names, bandwidth = options.shapes or shapes, bench_common.read_bandwidth()
+  wanted = [peer for peer in options.peer or peers.PEERS if peer != "none"]
+  rows = run_peers([name for name in names if name in PEER_SHAPES], wanted, bandwidth)
+  for i, name in enumerate(names):
+    rows += run_shape(name, options.variant or [*_USUAL, "mosaic", "mosaic, scores", *(_SECONDARY if i == 0 else ())],
+                      bandwidth)
+  compare(rows)
+  bench_common.print_table(rows)
+  bench_common.write_results("decode", rows, folder=options.out, read_bandwidth=bandwidth)
+
+
+if __name__ == "__main__":
+  main()
