@@ -158,26 +158,37 @@ def _append(list_ref, start, slots, chosen):
 
 
 def _move(kv, scores, positions, sources, targets, count, config, interpret):
-  _, _, block_size, head_dim = kv.shape
-  pools = kv.reshape(-1, head_dim), scores.reshape(-1), positions.reshape(-1)
-  moved = pl.pallas_call(
-      functools.partial(_move_kernel, block_size=block_size, head_dim=head_dim, config=config),
+  pools = _rows(kv), scores.reshape(-1), positions.reshape(-1)
+  rows, *rest = pl.pallas_call(
+      functools.partial(_move_kernel, block_size=kv.shape[2], config=config),
       out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
       grid=(config.ctas,), interpret=interpret, name="compact_kv_move", input_output_aliases={3: 0, 4: 1, 5: 2},
       compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=2),
   )(sources, targets, count, *pools)
-  return tuple(pool.reshape(old.shape) for pool, old in zip(moved, (kv, scores, positions), strict=True))
+  scores, positions = (pool.reshape(scores.shape) for pool in rest)
+  return lax.bitcast_convert_type(rows, kv.dtype).reshape(kv.shape), scores, positions
+
+
+def _rows(kv):
+  """The pool as rows [N*2*P, D]; of a dtype of one byte as 16-bit words [N*2*P, D/2].
+
+  Words, because Pallas counts elements in 32 signed bits up to 4 GiB.
+  """
+  head_dim = kv.shape[-1]
+  if kv.dtype.itemsize > 1:
+    return kv.reshape(-1, head_dim)
+  return lax.bitcast_convert_type(kv.reshape(-1, head_dim // 2, 2), jnp.int16)
 
 
 def _move_kernel(sources_ref, targets_ref, count_ref, _kv, _scores, _positions, kv_ref, scores_ref, positions_ref,
-                 *, block_size, head_dim, config):
+                 *, block_size, config):
   """One CTA: its share of the moves. The pools come in aliased with the outputs."""
-  tile = config.tile
+  tile, width = config.tile, kv_ref.shape[1]
   count = count_ref[0]
   share = lax.div(count + (config.ctas * tile - 1), jnp.int32(config.ctas * tile)) * tile
   first = pl.program_id(0) * share
   stop = jnp.minimum(first + share, count)
-  cols = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
+  cols = jnp.arange(pl.next_power_of_2(width), dtype=jnp.int32)
 
   def rows_of(slots):
     """The pool's row of each slot's key; the value is P rows further on."""
@@ -188,7 +199,7 @@ def _move_kernel(sources_ref, targets_ref, count_ref, _kv, _scores, _positions, 
     real = move < stop
     source = plt.load(sources_ref.at[move], mask=real, other=0)
     target = plt.load(targets_ref.at[move], mask=real, other=0)
-    mask = jnp.broadcast_to(real[:, None] & (cols < head_dim)[None, :], (tile, cols.size))
+    mask = jnp.broadcast_to(real[:, None] & (cols < width)[None, :], (tile, cols.size))
     moves = [
         (kv_ref, *((rows_of(slots)[:, None] + half, cols[None, :]) for slots in (source, target)), mask)
         for half in (0, block_size)]
