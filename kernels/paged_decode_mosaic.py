@@ -1,12 +1,17 @@
 """Pallas Mosaic GPU version of `paged_decode`, for Hopper GPUs.
 
-Two kernels, as in paged_decode_triton, which has the second one: the first streams
-each KV once and leaves unnormalised outputs of equal shares of work (stream_k).
+One kernel. CTAs take equal shares of all tiles (stream_k); of those that share a pair,
+(sequence, KV head), the last merges what the others leave in global memory. Each
+CTA walks downwards through its share, so what it waits for was begun first, by a
+CTA that was started earlier: nothing can wait for ever.
 
 A CTA is two warpgroups. The producer reads block tables and copies K and V, block by
 block, into a ring in shared memory (TMA); the consumer multiplies. Queries are few,
-so they are the narrow side of the tensor core's product: logits [tile, heads] =
-K q^T and output [D, heads] = V^T p^T.
+so they are the narrow side of the tensor core's products: logits [tile, columns] =
+K q^T and output [D, columns] = V^T p^T. As in paged_decode_triton the observed
+queries take columns beside the group's, and scores change in the ring's copy.
+
+Interpret mode knows no semaphores: there paged_decode_triton's second kernel merges.
 """
 
 import dataclasses
@@ -34,7 +39,7 @@ _Q_SLOTS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """How the first kernel is laid out.
+  """How the kernel is laid out.
 
   Attributes:
     tile: KVs per step, a multiple of 64 and of the block size.
@@ -91,8 +96,11 @@ def paged_decode(
   plan = triton._Plan.of(q, kv, tables, config, observed, scale, power, buffer)
   packed = stream_k.schedule(lengths, tile=config.tile, waves=config.waves)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
-  partials, observed = _attend(plan, q, kv, walk, observed, interpret=interpret)
-  return triton._merge(plan, partials, walk, q, observed, interpret=interpret)
+  results, observed = _attend(plan, q, kv, walk, observed, fused=not interpret, interpret=interpret)
+  if interpret:  # it knows no semaphores
+    return triton._merge(plan, results, walk, q, observed, interpret=True)
+  out, *_ = results
+  return out.reshape(q.shape), observed
 
 
 def _columns(group, observes) -> int:
@@ -117,8 +125,12 @@ def _row_layout(width):
   return plgpu.Layout.TILED(plgpu.Tiling(((1, across), (32,), (1,))), warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
 
 
-def _attend(plan, q, kv, walk, observed, *, interpret):
-  """Partial outputs f32 [slots*G, D], maxima and sums f32 [slots*G]; and `observed`, scores updated."""
+def _attend(plan, q, kv, walk, observed, *, fused, interpret):
+  """The kernel's results and `observed`, updated.
+
+  If fused: output [S*H*G, D], then scratch. Else partial outputs f32 [slots*G, D], maxima
+  and sums f32 [slots*G]; of `observed` only the scores are new.
+  """
   config, group, head_dim, heads = plan.config, plan.group, plan.head_dim, _width(plan)
   tile, stages, blocks = config.tile, config.stages, config.tile // plan.block_size
   copies = 2 * blocks
@@ -132,11 +144,13 @@ def _attend(plan, q, kv, walk, observed, *, interpret):
       "by_head": plgpu.SMEM((heads,), jnp.float32),
   }
   inputs = [q.reshape(-1, head_dim), kv.reshape(-1, head_dim), *walk]
-  scores = None
+  updated = {}
   if observed is not None:
-    scores = jax.new_ref(observed.scores)
-    inputs += [observed.queries.reshape(-1, head_dim), observed.log_sums.reshape(-1), observed.query_positions,
-               observed.positions, scores]
+    updated["scores"] = jax.new_ref(observed.scores)
+    queries, log_sums = observed.queries.reshape(-1, head_dim), observed.log_sums.reshape(-1)
+    if fused:
+      queries, log_sums = updated["queries"], updated["log_sums"] = jax.new_ref(queries), jax.new_ref(log_sums)
+    inputs += [queries, log_sums, observed.query_positions, observed.positions, updated["scores"]]
     copies += blocks * (2 if plan.buffer else 1)
     scratch |= {"scores": plgpu.SMEM((stages, tile), jnp.float32), "new_scores": plgpu.SMEM((tile,), jnp.float32)}
     if plan.buffer:
@@ -146,19 +160,24 @@ def _attend(plan, q, kv, walk, observed, *, interpret):
       "q_empty": plgpu.Barrier(num_barriers=_Q_SLOTS),
       "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
       "empty": plgpu.Barrier(num_barriers=stages)}
-  rows = plan.slots * group
+  slots = plan.slots
+  sizes = [(slots * head_dim, heads), (slots, heads), (slots, heads)] if fused else [
+      (slots * group, head_dim), (slots * group,), (slots * group,)]
+  outputs = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+  if fused:
+    outputs.insert(0, jax.ShapeDtypeStruct((plan.pairs * group, head_dim), q.dtype))
   run = plgpu.kernel(
-      functools.partial(_attend_kernel, plan=plan),
-      out_type=[jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, head_dim), (rows,), (rows,))],
+      functools.partial(_attend_kernel, plan=plan, fused=fused), out_type=outputs,
       scratch_types=[scratch], grid=(config.ctas,), grid_names=("cta",), num_threads=2, thread_name="warpgroup",
       # Barriers are where they are needed: the default puts one around each access to shared memory.
       compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
       **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
   )
-  partials = run(*inputs)
+  results = run(*inputs)
   if observed is not None:
-    observed = observed._replace(scores=jax.freeze(scores))
-  return partials, observed
+    observed = observed._replace(
+        **{name: jax.freeze(ref).reshape(getattr(observed, name).shape) for name, ref in updated.items()})
+  return results, observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +191,7 @@ class _Cta:
     index: i32 [] of this CTA.
     refs: global memory, by name.
     smem: shared memory and barriers, by name.
+    partial_done: semaphores, one per pair: how many of its CTAs have left their partial results. None: not fused.
   """
 
   plan: Any
@@ -180,18 +200,21 @@ class _Cta:
   index: jax.Array
   refs: dict[str, Any]
   smem: dict[str, Any]
+  partial_done: Any
 
   def for_each_pair(self, body):
     """Calls body(pair, table row, first tile of the pair in this CTA's ring, begin, end, how many pairs before)."""
     first, stop, low, high = self.row.cta(self.index)
 
-    def visit(pair, count):
+    def visit(step, count):
+      pair = stop - 1 - step  # downwards, so that what others wait for is done first
       start = self.row.start(pair)
       begin, end = jnp.maximum(low - start, 0), jnp.minimum(high, self.row.start(pair + 1)) - start
-      pl.when(end > begin)(lambda: body(pair, self.layer * self.plan.pairs + pair, start - low, begin, end, count))
+      ring = high - start - end - begin
+      pl.when(end > begin)(lambda: body(pair, self.layer * self.plan.pairs + pair, ring, begin, end, count))
       return count + (end > begin).astype(jnp.int32)
 
-    return high - low, lax.fori_loop(first, stop, visit, jnp.int32(0))
+    return high - low, lax.fori_loop(0, stop - first, visit, jnp.int32(0))
 
   def blocks(self, table_row, tile):
     """Block ids of a tile; behind the table row's end any."""
@@ -203,15 +226,16 @@ class _Cta:
     return tuple(tables[jnp.minimum(at + j, tables.shape[0] - 1)] for j in range(count))
 
 
-def _attend_kernel(*refs, plan):
+def _attend_kernel(*refs, plan, fused):
   names = ["q", "kv", "layer", "tables", "lengths", "plan"]
   if plan.observes:
     names += ["queries", "log_sums", "query_positions", "positions", "scores"]
-  names += ["out", "top", "sum"]
+  names += ["merged"] * fused + ["out", "top", "sum"]
   *refs, smem = refs
   refs = dict(zip(names, refs, strict=True))
   layer = refs["layer"][0]
-  cta = _Cta(plan, plan.row(refs["plan"], layer, plan.config.ctas), layer, lax.axis_index("cta"), refs, smem)
+  cta = _Cta(plan, plan.row(refs["plan"], layer, plan.config.ctas), layer, lax.axis_index("cta"), refs, smem,
+             pl.get_global(plgpu.SemaphoreType.REGULAR((plan.pairs,))) if fused else None)
   warpgroup = lax.axis_index("warpgroup")
   pl.when(warpgroup == 0)(lambda: _consume(cta))
   pl.when(warpgroup == 1)(lambda: _produce(cta))
@@ -240,6 +264,26 @@ def _produce(cta):
   # A barrier's every phase must have been seen before the kernel ends.
   _wait_for_last(smem["empty"], tiles, stages)
   _wait_for_last(smem["q_empty"], pairs, _Q_SLOTS)
+  if cta.partial_done is not None:
+    _zero_empty_pairs(cta)
+
+
+def _zero_empty_pairs(cta):
+  """Nobody visits a pair that holds nothing; its output is zero."""
+  plan = cta.plan
+  zeros = plgpu.layout_cast(jnp.zeros((1, plan.head_dim), cta.refs["merged"].dtype), _row_layout(plan.head_dim))
+
+  def body(step, carry):
+    pair = cta.index + step * plan.config.ctas
+
+    @pl.when(cta.refs["lengths"][cta.layer * plan.pairs + pair] == 0)
+    def _():
+      for g in range(plan.group):
+        cta.refs["merged"].at[pl.ds(pair * plan.group + g, 1)][...] = zeros
+
+    return carry
+
+  lax.fori_loop(0, lax.div(plan.pairs - 1 - cta.index + plan.config.ctas, jnp.int32(plan.config.ctas)), body, None)
 
 
 def _wait_for_last(barrier, uses, slots):
@@ -299,10 +343,12 @@ def _consume(cta):
   def visit(pair, table_row, ring, begin, end, count):
     q_slot = lax.rem(count, _Q_SLOTS)
     length = cta.refs["lengths"][table_row]
+    sharers = cta.row.ctas_of(pair)  # long before they are needed
     behind = _Behind.of(cta, pair, table_row, length) if plan.observes else None
     plgpu.barrier_wait(smem["q_full"].at[q_slot])
     smem["q"].T[...] = plgpu.load(smem["q_raw"].at[q_slot].T, layout=_MATRIX, optimized=False)
-    plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
+    if cta.partial_done is None:
+      plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
     plgpu.commit_smem()
     top = plgpu.layout_cast(jnp.full((heads,), -jnp.inf, jnp.float32), _BY_HEAD)
     acc, top, total = lax.fori_loop(
@@ -310,7 +356,11 @@ def _consume(cta):
             plgpu.layout_cast(jnp.zeros((head_dim, heads), jnp.float32), _MATRIX),
             top if behind is None else behind.log_sums(top),
             plgpu.layout_cast(jnp.zeros((tile_size, heads), jnp.float32), _MATRIX)))
-    _store_partial(cta, pair, acc, top, jnp.sum(total, axis=0))
+    if cta.partial_done is None:
+      _store_partial(cta, pair, acc, top, jnp.sum(total, axis=0))
+    else:
+      _finish(cta, pair, sharers, table_row, q_slot, acc, top, jnp.sum(total, axis=0))
+      plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
 
   cta.for_each_pair(visit)
   plgpu.wait_smem_to_gmem(0)
@@ -391,6 +441,64 @@ def _store_partial(cta, pair, acc, top, total):
     for g in range(group):
       ref[at + g] = smem["by_head"][g]
     plgpu.commit_smem()
+
+
+def _finish(cta, pair, sharers, table_row, q_slot, acc, top, total):
+  """Merges what the CTAs of a pair found, in the last of them; the others leave theirs to it."""
+  refs, head_dim = cta.refs, cta.plan.head_dim
+  first, stop = sharers
+
+  @pl.when(cta.index < stop - 1)
+  def _():
+    slot = cta.index + pair
+    refs["out"].at[pl.ds(slot * head_dim, head_dim)][...] = acc
+    refs["top"].at[slot][...] = top
+    refs["sum"].at[slot][...] = total
+    plgpu.commit_smem()  # all threads are done
+    pl.semaphore_signal(cta.partial_done.at[pair])
+
+  @pl.when(cta.index == stop - 1)
+  def _():
+    pl.when(stop - first > 1)(lambda: plgpu.semaphore_wait(
+        cta.partial_done.at[pair], stop - 1 - first, memory_scope="gpu"))
+
+    def body(other, carry):
+      acc, top, total = carry
+      slot = other + pair
+      other_top = plgpu.load(refs["top"].at[slot], layout=_BY_HEAD, optimized=False)
+      other_total = plgpu.load(refs["sum"].at[slot], layout=_BY_HEAD, optimized=False)
+      other_acc = plgpu.load(refs["out"].at[pl.ds(slot * head_dim, head_dim)], layout=_MATRIX, optimized=False)
+      new_top = jnp.maximum(top, other_top)
+      share, other_share = jnp.exp2(top - new_top), jnp.exp2(other_top - new_top)
+      acc = acc * _over(share, head_dim) + other_acc * _over(other_share, head_dim)
+      return acc, new_top, total * share + other_total * other_share
+
+    merged, new_top, new_total = lax.fori_loop(first, stop - 1, body, (acc, top, total))
+    _store_merged(cta, pair, merged * _over(1.0 / new_total, head_dim))
+    if cta.plan.observes:
+      _store_observed(cta, table_row, q_slot, (new_top + jnp.log2(new_total)) / _LOG2E)
+
+
+def _store_merged(cta, pair, out):
+  """Output rows [G, D] of a pair, from columns of [D, heads]."""
+  group, refs, smem = cta.plan.group, cta.refs, cta.smem
+  smem["out"][...] = out
+  plgpu.commit_smem()
+  for g in range(group):
+    row = plgpu.load(smem["out"].at[:, pl.ds(g, 1)].T, layout=_row_layout(cta.plan.head_dim), optimized=False)
+    refs["merged"].at[pl.ds(pair * group + g, 1)][...] = row.astype(refs["merged"].dtype)
+
+
+def _store_observed(cta, table_row, q_slot, log_sums):
+  """Leaves the pair's queries and their log-sum-exp [heads] for the next step."""
+  group, smem = cta.plan.group, cta.smem
+  at = table_row * group
+  plgpu.copy_smem_to_gmem(smem["q_raw"].at[q_slot, pl.ds(0, group)], cta.refs["queries"].at[pl.ds(at, group)])
+  smem["by_head"][...] = log_sums
+  plgpu.commit_smem()
+  for g in range(group):
+    cta.refs["log_sums"][at + g] = smem["by_head"][g]
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
