@@ -1,8 +1,8 @@
 """Pallas-Triton version of `paged_decode`, for Ampere GPUs and newer.
 
-Two kernels. The first streams each KV once: CTAs take equal shares of all tiles
-(stream_k), and leave unnormalised outputs with their running maxima and sums. The
-second merges these per (sequence, KV head).
+Each KV is streamed once: CTAs take equal shares of all tiles (stream_k), and leave
+unnormalised outputs with their running maxima and sums. The last CTA to arrive at
+a (sequence, KV head) merges them; a second kernel for that would cost its launch.
 
 Scores are those of the observed queries, whose log-sum-exp is known: their
 probabilities are final as soon as a tile's logits are, so each KV's score is
@@ -81,13 +81,12 @@ def paged_decode(
   plan = _Plan.of(q, kv, tables, config, observed, scale, power, buffer)
   packed = stream_k.schedule(lengths, tile=config.tile, waves=config.waves)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
-  partials, observed = _attend(plan, q, kv, walk, observed, interpret=interpret)
-  return _merge(plan, partials, walk, q, observed, interpret=interpret)
+  return _attend(plan, q, kv, walk, observed, interpret=interpret)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
-  """Static numbers that both kernels share; letters as in docs/architecture.md."""
+  """Static numbers of a call; letters as in docs/architecture.md."""
 
   pairs: int
   group: int
@@ -164,28 +163,37 @@ def _blocks_of(plan, tables_ref, row, token, held):
   return blocks, token & (plan.block_size - 1)
 
 
-# --------------------------------------------------------------------------- first kernel
-
-
 def _attend(plan, q, kv, walk, observed, *, interpret):
-  """Partial outputs f32 [slots*G, D], maxima and sums f32 [slots*G]; and `observed`, scores updated."""
-  config = plan.config
-  rows = plan.slots * plan.group + plan.rows  # the last group's padding rows lie within bounds, though masked
-  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, plan.head_dim), (rows,), (rows,))]
-  inputs, aliases = [q.reshape(-1, plan.head_dim), _rows(kv), *walk], {}
+  """Output [S, H*G, D], and `observed` brought up to date."""
+  config, dim = plan.config, plan.head_dim
+  queries = q.reshape(-1, dim)
+  inputs = {"q": queries, "kv": _rows(kv), **dict(zip(("layer", "tables", "lengths", "plan"), walk, strict=True)),
+            "arrivals": jnp.zeros((plan.pairs,), jnp.int32)}
+  partial_rows = plan.slots * plan.group + plan.rows  # the last group's padding rows lie within bounds, though masked
+  outputs = {
+      "out": jax.ShapeDtypeStruct((len(queries) + plan.padded_group - plan.group, dim), q.dtype),
+      "arrivals": inputs["arrivals"],
+      "partial_out": jax.ShapeDtypeStruct((partial_rows, dim), jnp.float32),
+      "partial_top": jax.ShapeDtypeStruct((partial_rows,), jnp.float32),
+      "partial_sum": jax.ShapeDtypeStruct((partial_rows,), jnp.float32)}
   if observed is not None:
-    inputs += [observed.queries.reshape(-1, plan.head_dim), observed.log_sums.reshape(-1), observed.query_positions,
-               observed.positions.reshape(-1), observed.scores.reshape(-1)]
-    aliases = {len(inputs) - 1: len(shapes)}
-    shapes.append(jax.ShapeDtypeStruct((observed.scores.size,), jnp.float32))
-  *partials, = pl.pallas_call(
-      functools.partial(_attend_kernel, plan=plan), out_shape=shapes, grid=(config.ctas,), interpret=interpret,
-      input_output_aliases=aliases, name="paged_decode_attend",
+    kept = {"scores": observed.scores.reshape(-1), "queries": observed.queries.reshape(-1, dim),
+            "log_sums": observed.log_sums.reshape(-1)}
+    inputs |= {**kept, "positions": observed.positions.reshape(-1), "query_positions": observed.query_positions}
+    outputs |= kept
+  names, updated = tuple(inputs), tuple(outputs)
+  results = pl.pallas_call(
+      functools.partial(_attend_kernel, plan=plan, names=(names, updated), interpret=interpret),
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
+      grid=(config.ctas,), interpret=interpret, name="paged_decode",
+      input_output_aliases={names.index(name): updated.index(name) for name in updated if name in inputs},
       compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-  )(*inputs)
+  )(*inputs.values())
+  found = dict(zip(updated, results, strict=True))
   if observed is not None:
-    observed = observed._replace(scores=partials.pop().reshape(observed.scores.shape))
-  return partials, observed
+    observed = observed._replace(
+        **{name: found[name].reshape(getattr(observed, name).shape) for name in ("scores", "queries", "log_sums")})
+  return found["out"][: len(queries)].reshape(q.shape), observed
 
 
 def _rows(kv):
@@ -216,14 +224,14 @@ def _unpack(words):
   return high_byte(lax.shift_left(words, jnp.int16(8))), high_byte(words)
 
 
-def _attend_kernel(q_ref, kv_ref, layer_ref, tables_ref, lengths_ref, plan_ref, *refs, plan):
+def _attend_kernel(*refs, plan, names, interpret):
   """One CTA: its share of tiles, pair by pair."""
-  *observed_refs, out_ref, top_ref, sum_ref = refs[:-1] if plan.observes else refs
-  scores_ref = refs[-1] if plan.observes else None
+  read, written = names
+  ref = dict(zip(read, refs, strict=False)) | dict(zip(written, refs[len(read):], strict=True))
   group, tile, parts = plan.group, plan.config.tile, plan.dim_parts
   cta = pl.program_id(0)
-  layer = layer_ref[0]
-  row = plan.row(plan_ref, layer, plan.config.ctas)
+  layer = ref["layer"][0]
+  row = plan.row(ref["plan"], layer, plan.config.ctas)
   first, stop, low, high = row.cta(cta)
   head = jnp.arange(plan.rows, dtype=jnp.int32)
   real = head < group
@@ -232,6 +240,7 @@ def _attend_kernel(q_ref, kv_ref, layer_ref, tables_ref, lengths_ref, plan_ref, 
   real_cols = None if width * parts == plan.head_dim else cols < plan.head_dim // parts
   precision = lax.Precision.HIGHEST if plan.dot_dtype == jnp.float32 else None
   unit = _E4M3_FACTOR if plan.packed else 1.0
+  _clear_empty_pairs(plan, ref, layer, cta)
 
   def load_queries(ref, first_row, rows, part):
     at = jnp.where(rows, first_row + head, 0)
@@ -241,12 +250,12 @@ def _attend_kernel(q_ref, kv_ref, layer_ref, tables_ref, lengths_ref, plan_ref, 
   def pair_body(pair, carry):
     start = row.start(pair)
     table_row = layer * plan.pairs + pair
-    length = lengths_ref[table_row]
-    queries = [load_queries(q_ref, pair * group, real, part) for part in range(parts)]
+    length = ref["lengths"][table_row]
+    queries = [load_queries(ref["q"], pair * group, real, part) for part in range(parts)]
     top0 = jnp.where(real, -jnp.inf, 0.0)
     if plan.observes:
-      behind = _Behind.of(plan, observed_refs, scores_ref, head, pair, table_row, length)
-      queries = [q + load_queries(observed_refs[0], (table_row - 1) * group, behind.rows, part)
+      behind = _Behind.of(plan, ref, head, pair, table_row, length)
+      queries = [q + load_queries(ref["queries"], (table_row - 1) * group, behind.rows, part)
                  for part, q in enumerate(queries)]
       top0 = jnp.where(real, -jnp.inf, behind.log_sums)
     queries = [q.astype(plan.dot_dtype) for q in queries]
@@ -254,14 +263,14 @@ def _attend_kernel(q_ref, kv_ref, layer_ref, tables_ref, lengths_ref, plan_ref, 
     def load(rows, held):
       mask = jnp.broadcast_to(_both(held, real_cols), (tile, width))
       # What lies behind a head's end may be anything, NaN too, and 0 * NaN is NaN.
-      loaded = plt.load(kv_ref.at[rows[:, None], cols[None, :]], mask=mask, other=0)
+      loaded = plt.load(ref["kv"].at[rows[:, None], cols[None, :]], mask=mask, other=0)
       return _unpack(loaded) if plan.packed else (loaded.astype(plan.dot_dtype),)
 
     def tile_body(step, carry):
       accs, top, total = carry
       token = step * tile + jnp.arange(tile, dtype=jnp.int32)
       held = token < length
-      blocks, place = _blocks_of(plan, tables_ref, table_row, token, held)
+      blocks, place = _blocks_of(plan, ref["tables"], table_row, token, held)
       if plan.observes:
         update = behind.start(blocks * plan.block_size + place, token)
       rows = blocks * (2 * plan.block_size) + place
@@ -285,12 +294,43 @@ def _attend_kernel(q_ref, kv_ref, layer_ref, tables_ref, lengths_ref, plan_ref, 
     slot = (cta + pair) * group + head
     out_mask = jnp.broadcast_to(_both(real, real_cols), (plan.rows, width))
     for part, acc in enumerate(accs):
-      plt.store(out_ref.at[slot[:, None], cols[None, :] * parts + part], acc * unit, mask=out_mask)
-    plt.store(top_ref.at[slot], top, mask=real)
-    plt.store(sum_ref.at[slot], total, mask=real)
+      plt.store(ref["partial_out"].at[slot[:, None], cols[None, :] * parts + part], acc * unit, mask=out_mask)
+    plt.store(ref["partial_top"].at[slot], top, mask=real)
+    plt.store(ref["partial_sum"].at[slot], total, mask=real)
+    pl.when(end > begin)(lambda: _arrive(plan, ref, row, layer, pair, interpret=interpret))
     return carry
 
   lax.fori_loop(first, stop, pair_body, None)
+
+
+def _clear_empty_pairs(plan, ref, layer, cta):
+  """Zeros for pairs that hold nothing: no CTA walks them. Each CTA looks after some."""
+  head, (cols, real_cols) = jnp.arange(plan.padded_group, dtype=jnp.int32), _columns(plan)
+
+  def clear(i, carry):
+    pair = cta + i * plan.config.ctas
+
+    @pl.when(ref["lengths"][layer * plan.pairs + pair] == 0)
+    def _():
+      _store_output(plan, ref["out"], pair, head, cols, real_cols,
+                    jnp.zeros((plan.padded_group, plan.padded_dim), jnp.float32))
+
+    return carry
+
+  count = lax.div(plan.pairs - cta + (plan.config.ctas - 1), jnp.int32(plan.config.ctas))
+  lax.fori_loop(0, jnp.maximum(count, 0), clear, None)
+
+
+def _arrive(plan, ref, row, layer, pair, *, interpret):
+  """Counts this CTA's arrival at a pair; the last one merges."""
+  first, stop = row.ctas_of(pair)
+  if not interpret:
+    plt.debug_barrier()  # all threads' partial results are written before one of them says so
+  arrived = plt.atomic_add(ref["arrivals"], (pair,), jnp.int32(1))
+
+  @pl.when(arrived == stop - first - 1)
+  def _():
+    _merge_pair(plan, ref, layer, pair, first, stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,8 +343,7 @@ class _Behind:
     log_sums: f32 [rows] theirs, base 2; 0 in the other rows.
     newest: i32 [] the newest position that counts.
     length: i32 [] KVs of the pair; the last one is newer than the observed query.
-    positions_ref: i32 [N*P].
-    scores_ref: f32 [N*P].
+    ref: the kernel's refs by name.
   """
 
   plan: Any
@@ -312,79 +351,55 @@ class _Behind:
   log_sums: jax.Array
   newest: jax.Array
   length: jax.Array
-  positions_ref: Any
-  scores_ref: Any
+  ref: Any
 
   @classmethod
-  def of(cls, plan, observed_refs, scores_ref, head, pair, table_row, length):
-    _, log_sums_ref, query_positions_ref, positions_ref, _ = observed_refs
+  def of(cls, plan, ref, head, pair, table_row, length):
     rows = (head >= plan.group) & (head < 2 * plan.group)
     at = table_row * plan.group + jnp.where(rows, head - plan.group, 0)
-    log_sums = plt.load(log_sums_ref.at[at], mask=rows, other=0.0) * _LOG2E
-    newest = query_positions_ref[lax.div(pair, jnp.int32(plan.heads))] - plan.buffer
-    return cls(plan, rows, log_sums, newest, length, positions_ref, scores_ref)
+    log_sums = plt.load(ref["log_sums"].at[at], mask=rows, other=0.0) * _LOG2E
+    newest = ref["query_positions"][lax.div(pair, jnp.int32(plan.heads))] - plan.buffer
+    return cls(plan, rows, log_sums, newest, length, ref)
 
   def start(self, at, token):
     """Reads a tile's old scores [tile] early, for they come late: where they lie, which count, and they."""
     counted = token < self.length - 1
     if self.plan.buffer:
-      counted &= plt.load(self.positions_ref.at[at], mask=counted, other=0) <= self.newest
-    return at, counted, plt.load(self.scores_ref.at[at], mask=counted, other=0.0)
+      counted &= plt.load(self.ref["positions"].at[at], mask=counted, other=0) <= self.newest
+    return at, counted, plt.load(self.ref["scores"].at[at], mask=counted, other=0.0)
 
   def add(self, update, weights):
     """Adds the observed rows of a tile's weights [rows, tile]."""
     at, counted, old = update
     chances = jnp.where(self.rows[:, None], weights, 0.0)
     gain = jnp.sum(chances * chances if self.plan.power == 2 else chances, axis=0)
-    plt.store(self.scores_ref.at[at], old + gain, mask=counted)
+    plt.store(self.ref["scores"].at[at], old + gain, mask=counted)
 
 
-# -------------------------------------------------------------------------- second kernel
+# --------------------------------------------------------------------------- merging
 
 
-def _merge(plan, partials, walk, q, observed, *, interpret):
-  """Output [S, H*G, D] from the partial ones; and `observed` with the new queries."""
-  layer, _, _, packed = walk
-  rows = plan.pairs * plan.group
-  shapes = [jax.ShapeDtypeStruct((rows + plan.padded_group - plan.group, plan.head_dim), plan.out_dtype)]
-  inputs, aliases = [*partials, layer, packed], {}
-  if observed is not None:
-    shapes += [jax.ShapeDtypeStruct((observed.queries.size // plan.head_dim, plan.head_dim), observed.queries.dtype),
-               jax.ShapeDtypeStruct((observed.log_sums.size,), jnp.float32)]
-    inputs += [q.reshape(-1, plan.head_dim), observed.queries.reshape(-1, plan.head_dim), observed.log_sums.reshape(-1)]
-    aliases = {len(inputs) - 2: 1, len(inputs) - 1: 2}
-  out, *new = pl.pallas_call(
-      functools.partial(_merge_kernel, plan=plan), out_shape=shapes, grid=(plan.pairs,), interpret=interpret,
-      input_output_aliases=aliases, name="paged_decode_merge",
-      compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-  )(*inputs)
-  if observed is not None:
-    queries, log_sums = new
-    observed = observed._replace(
-        queries=queries.reshape(observed.queries.shape), log_sums=log_sums.reshape(observed.log_sums.shape))
-  return out[:rows].reshape(q.shape), observed
-
-
-def _merge_kernel(out_ref, top_ref, sum_ref, layer_ref, plan_ref, *refs, plan):
-  """One pair: merges its partial outputs, several at a time."""
+def _merge_pair(plan, ref, layer, pair, first, stop):
+  """Merges the partial outputs that CTAs [first, stop) left of one pair, several at a time."""
   group, padded = plan.group, plan.padded_group
-  pair = pl.program_id(0)
-  layer = layer_ref[0]
   at_once = max(1, min(8, 4096 // (padded * plan.padded_dim)))
-  first, stop = plan.row(plan_ref, layer, plan.config.ctas).ctas_of(pair)
   cols, real_cols = _columns(plan)
   head = jnp.arange(padded, dtype=jnp.int32)
+
+  def load(name, at, mask, other):
+    # Volatile: past the L1 cache, which may hold what lay there before.
+    return plt.load(ref[name].at[at], mask=mask, other=other, volatile=True)
 
   def body(step, carry):
     acc, top, total = carry
     cta = first + step * at_once + jnp.arange(at_once, dtype=jnp.int32)
     live = (cta < stop)[:, None] & (head < group)[None, :]
     rows = jnp.where(live, (cta[:, None] + pair) * group + head[None, :], 0)
-    tops = plt.load(top_ref.at[rows], mask=live, other=-jnp.inf)
-    sums = plt.load(sum_ref.at[rows], mask=live, other=0.0)
+    tops = load("partial_top", rows, live, -jnp.inf)
+    sums = load("partial_sum", rows, live, 0.0)
     mask = live[..., None] if real_cols is None else live[..., None] & real_cols[None, None]
-    parts = plt.load(out_ref.at[rows[..., None], cols[None, None]],
-                     mask=jnp.broadcast_to(mask, (*rows.shape, plan.padded_dim)), other=0.0)
+    parts = load("partial_out", (rows[..., None], cols[None, None]),
+                 jnp.broadcast_to(mask, (*rows.shape, plan.padded_dim)), 0.0)
     new_top = jnp.maximum(top, jnp.max(tops, axis=0))
     safe = jnp.where(new_top > -jnp.inf, new_top, 0.0)  # rows of a padded group see nothing
     shares = jnp.exp2(tops - safe[None])  # [slots, G]
@@ -396,25 +411,26 @@ def _merge_kernel(out_ref, top_ref, sum_ref, layer_ref, plan_ref, *refs, plan):
   acc, top, total = lax.fori_loop(0, steps, body, (
       jnp.zeros((padded, plan.padded_dim), jnp.float32),
       jnp.full((padded,), -jnp.inf, jnp.float32), jnp.zeros((padded,), jnp.float32)))
-  some = total > 0
-  out = acc / jnp.where(some, total, 1.0)[:, None]
-  # Rows of a padded group are written behind the end.
+  total = jnp.where(head < group, total, 1.0)
+  _store_output(plan, ref["out"], pair, head, cols, real_cols, acc / total[:, None])
+  if plan.observes:
+    _observe(plan, ref, layer, pair, head, cols, real_cols, top + jnp.log2(total))
+
+
+def _store_output(plan, out_ref, pair, head, cols, real_cols, out):
+  """Writes one pair's output; the rows of a padded group go behind the end, masked."""
+  group = plan.group
   rows = jnp.where(head < group, pair * group, plan.pairs * group - group) + head
   mask = jnp.broadcast_to(_both(head < group, real_cols), out.shape)
-  if plan.observes:
-    q_ref, _, _, merged_ref, queries_ref, log_sums_ref = refs
-    _observe(plan, pair, layer, head, cols, mask & some[:, None], some, top, total, q_ref, queries_ref, log_sums_ref)
-  else:
-    (merged_ref,) = refs
-  plt.store(merged_ref.at[rows[:, None], cols[None, :]], out.astype(merged_ref.dtype), mask=mask)
+  plt.store(out_ref.at[rows[:, None], cols[None, :]], out.astype(out_ref.dtype), mask=mask)
 
 
-def _observe(plan, pair, layer, head, cols, mask, some, top, total, q_ref, queries_ref, log_sums_ref):
-  """Leaves the pair's queries and their log-sum-exp for the next step; a pair that holds nothing keeps the old."""
-  real = (head < plan.group) & some
+def _observe(plan, ref, layer, pair, head, cols, real_cols, log_sums):
+  """Leaves the pair's queries and their log-sum-exp, base 2 here, for the next step."""
+  real = head < plan.group
+  mask = jnp.broadcast_to(_both(real, real_cols), (plan.padded_group, plan.padded_dim))
   source = pair * plan.group + jnp.where(real, head, 0)
   target = (layer * plan.pairs + pair) * plan.group + head
-  queries = plt.load(q_ref.at[source[:, None], cols[None, :]], mask=mask, other=0.0)
-  plt.store(queries_ref.at[target[:, None], cols[None, :]], queries.astype(queries_ref.dtype), mask=mask)
-  log_sum = (top + jnp.log2(jnp.where(some, total, 1.0))) / _LOG2E
-  plt.store(log_sums_ref.at[target], log_sum, mask=real)
+  queries = plt.load(ref["q"].at[source[:, None], cols[None, :]], mask=mask, other=0.0)
+  plt.store(ref["queries"].at[target[:, None], cols[None, :]], queries.astype(ref["queries"].dtype), mask=mask)
+  plt.store(ref["log_sums"].at[target], log_sums / _LOG2E, mask=real)
