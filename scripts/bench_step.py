@@ -8,7 +8,7 @@ compressed by head. That one has the same model, kernels, pool layout and fragme
 allocates for one head and finds a token's block and offset once per layer; block b of the
 shared table stands for blocks b*H..b*H+H-1 of the pool, one for each head, and the
 attention kernel is given the tables written out for all heads, which takes a few
-microseconds of a step. The first and the last row are timed in turns.
+microseconds of a step. All are timed in turns.
 
 `bound` is the time that the parameters' bytes (without the embedding, of which a step
 reads a few rows) and the bytes of all KVs take at the measured read bandwidth.
@@ -64,22 +64,17 @@ def main() -> None:
   def shared(state):
     return shared_step(model, state, tokens, active)[2]
 
-  states = {"tables per head": per_head_cache(lengths), "shared tables": shared_cache(lengths)}
-  timings, states = _time_in_turns({"tables per head": own, "shared tables": shared}, states, args)
-  parts = {name: _parts(run, states[name]) for name, run in (("tables per head", own), ("shared tables", shared))}
-  del states
-  name = "tables per head, scored"
-  timing, _ = common.time_calls(
-      functools.partial(own, rule=FullAttention()), with_scores(per_head_cache(lengths), config.num_heads),
-      repeats=args.repeats, rounds=args.rounds)
-  timings[name] = timing
+  runs = {"tables per head": own, "tables per head, scored": functools.partial(own, rule=FullAttention()),
+          "shared tables": shared}
+  pool, *caches = _caches(lengths, config.num_heads)
+  timings, parts = _time_in_turns(runs, dict(zip(runs, caches, strict=True)), pool, args)
 
   weights = common.parameter_bytes(model)
   kvs = 2 * config.head_dim * 2 * args.seqs * args.tokens * config.num_layers * config.num_kv_heads
   bound = (weights + kvs) / bandwidth
   rows = [{
       "step": name, **timing.row(), "bound_us": 1e6 * bound, "times_bound": timing.median / bound,
-      "times_shared": timing.median / timings["shared tables"].median, **parts.get(name, {}),
+      "times_shared": timing.median / timings["shared tables"].median, **parts[name],
   } for name, timing in timings.items()]
   common.print_table(rows)
   common.write_results(
@@ -97,30 +92,33 @@ def _lengths(args: argparse.Namespace, kv_heads: int) -> np.ndarray:
 # --------------------------------------------------------------------------- caches
 
 
-def per_head_cache(lengths: np.ndarray) -> CacheState:
-  """A cache with room for _STEPS_AHEAD more tokens of every sequence."""
+def _caches(lengths: np.ndarray, q_heads: int) -> tuple[jax.Array, CacheState, CacheState, CacheState]:
+  """One pool, as there is room for no more, and three caches that take it in turns.
+
+  Returns:
+    The pool; a cache with tables for every head; the same with the queries that scores
+    wait for; one with tables that all heads share (H = 1), whose block b stands for
+    blocks b*H..b*H+H-1 of the pool.
+  """
+  layers, slots, heads = lengths.shape
+  own = _cache(lengths, spare_blocks=heads - 1)  # as many as the null block has in the shared tables
+  pool, own = own.kv, dataclasses.replace(own, kv=None)
+  scored = dataclasses.replace(
+      jax.tree.map(jnp.copy, own), queries=jnp.zeros((layers, slots, q_heads, pool.shape[-1]), pool.dtype),
+      log_sums=jnp.full((layers, slots, q_heads), jnp.inf, jnp.float32))
+  shared = _cache(lengths[..., :1])
+  assert shared.num_blocks * heads == len(pool)
+  return pool, own, scored, dataclasses.replace(shared, kv=None)
+
+
+def _cache(lengths: np.ndarray, spare_blocks: int = 0) -> CacheState:
+  """A cache with room for _STEPS_AHEAD more tokens of every sequence, and `spare_blocks`."""
   room = -(-_STEPS_AHEAD // 16) + 1
   return common.make_cache(
-      lengths, spare_blocks=lengths.size * room, max_blocks_per_head=int(lengths.max()) // 16 + room)
+      lengths, spare_blocks=lengths.size * room + spare_blocks, max_blocks_per_head=int(lengths.max()) // 16 + room)
 
 
-def with_scores(state: CacheState, q_heads: int) -> CacheState:
-  """The same with room for the queries whose attention is not in the scores yet."""
-  layers, slots = state.lengths.shape[:2]
-  return dataclasses.replace(
-      state, queries=jnp.zeros((layers, slots, q_heads, state.kv.shape[-1]), state.kv.dtype),
-      log_sums=jnp.full((layers, slots, q_heads), jnp.inf, jnp.float32))
-
-
-def shared_cache(lengths: np.ndarray) -> CacheState:
-  """The same for tables that all heads of a layer share: H = 1, and H blocks of the pool for one of the tables."""
-  heads = lengths.shape[-1]
-  state = per_head_cache(lengths[..., :1])
-  pool = jax.jit(lambda kv: jnp.tile(kv, (heads, 1, 1, 1)))(state.kv)
-  return dataclasses.replace(state, kv=pool)
-
-
-@functools.partial(jax.jit, donate_argnums=1, compiler_options=steps.WITHOUT_REMATERIALIZATION)
+@functools.partial(jax.jit, donate_argnums=1, compiler_options=steps.DECODE_OPTIONS)
 def shared_step(
     model: Llama, state: CacheState, tokens: jax.Array, active: jax.Array
 ) -> tuple[jax.Array, jax.Array, CacheState]:
@@ -149,25 +147,31 @@ def shared_step(
 
 
 def _time_in_turns(
-    runs: dict[str, Step], states: dict[str, CacheState], args: argparse.Namespace
-) -> tuple[dict[str, common.Timing], dict[str, CacheState]]:
-  """Times each of `runs` for one round after the other, so that a change of clocks meets them all."""
+    runs: dict[str, Step], caches: dict[str, CacheState], pool: jax.Array, args: argparse.Namespace
+) -> tuple[dict[str, common.Timing], dict[str, dict[str, float]]]:
+  """Times each of `runs` for one round after the other, so that a change of clocks meets them all; then its parts."""
   medians: dict[str, list[float]] = collections.defaultdict(list)
-  for _ in range(args.rounds):
+  parts = {}
+  for turn in range(args.rounds + 1):
     for name, run in runs.items():
-      timing, states[name] = common.time_calls(run, states[name], repeats=args.repeats, rounds=1)
-      medians[name].append(timing.median)
-  return {name: common.Timing(float(np.median(t)), min(t), max(t)) for name, t in medians.items()}, states
+      cache = dataclasses.replace(caches[name], kv=pool)
+      if turn < args.rounds:
+        timing, cache = common.time_calls(run, cache, repeats=args.repeats, rounds=1)
+        medians[name].append(timing.median)
+      else:
+        parts[name], cache = _parts(run, cache)
+      pool, caches[name] = cache.kv, dataclasses.replace(cache, kv=None)
+  return {name: common.Timing(float(np.median(t)), min(t), max(t)) for name, t in medians.items()}, parts
 
 
 _KINDS = {"attention": ("paged_decode",), "products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "linear")}
 
 
-def _parts(run: Step, state: CacheState) -> dict[str, float]:
-  """Kernels of one step, and the microseconds of each kind, from the profiler; leaves `state` donated."""
+def _parts(run: Step, cache: CacheState) -> tuple[dict[str, float], CacheState]:
+  """Kernels of one step, and the microseconds of each kind, from the profiler."""
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
-      jax.block_until_ready(run(state))
+      cache = jax.block_until_ready(run(cache))
     (trace,) = pathlib.Path(folder).glob("**/*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(trace))
   parts: dict[str, Any] = collections.defaultdict(float)
@@ -178,7 +182,7 @@ def _parts(run: Step, state: CacheState) -> dict[str, float]:
           kind = next((k for k, words in _KINDS.items() if any(w in event.name.lower() for w in words)), "other")
           parts["kernels"] += 1
           parts[f"{kind}_us"] += event.duration_ns / 1e3
-  return dict(parts)
+  return dict(parts), cache
 
 
 if __name__ == "__main__":

@@ -17,9 +17,15 @@ from kvc_jax.eviction.step import Allocation, Eviction
 from kvc_jax.eviction.step import evict as evict_step
 from kvc_jax.model.llama import Llama
 
-# XLA counts the pool again for each update in place, sees memory run out, and would compute small
-# things anew in every layer instead of keeping them.
-WITHOUT_REMATERIALIZATION = {"xla_disable_hlo_passes": "rematerialization"}
+DECODE_OPTIONS = {
+    # XLA counts the pool again for each update in place, sees memory run out, and would compute
+    # small things anew in every layer instead of keeping them.
+    "xla_disable_hlo_passes": "rematerialization",
+    # XLA's Triton products of a few rows win when timed alone, but leave f32 sums of split products
+    # to further kernels, where cuBLAS adds the residual as well.
+    "xla_gpu_enable_triton_gemm": False,
+}
+"""Compiler options of a decode step; only an outermost jit may have any."""
 
 
 @functools.partial(jax.jit, static_argnames="rule", donate_argnames=("state", "observation"))
@@ -65,7 +71,7 @@ def prefill_chunk(
 
 
 @functools.partial(
-    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=WITHOUT_REMATERIALIZATION)
+    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=DECODE_OPTIONS)
 def decode_step(
     model: Llama,
     state: CacheState,

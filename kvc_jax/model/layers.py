@@ -4,6 +4,8 @@ Tokens come flat, [T]: one sequence's chunk in prefill, one token of each
 sequence in decode. Nothing here knows which; only `attend` does.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -39,6 +41,20 @@ def _linear(inputs: int, outputs: int, bias: bool, dtype: DTypeLike, rngs: nnx.R
       inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, precision=precision, rngs=rngs)
 
 
+def _side_by_side(*linears: nnx.Linear) -> nnx.Linear:
+  """One product in place of several of one input: their outputs stand behind each other."""
+  first = linears[0]
+  kernels = [linear.kernel[...] for linear in linears]
+  outputs = sum(kernel.shape[1] for kernel in kernels)
+  has_bias = first.bias is not None
+  merged = nnx.eval_shape(
+      lambda: _linear(kernels[0].shape[0], outputs, has_bias, kernels[0].dtype, nnx.Rngs(0)))
+  merged.kernel = nnx.Param(jnp.concatenate(kernels, axis=1))
+  if has_bias:
+    merged.bias = nnx.Param(jnp.concatenate([linear.bias[...] for linear in linears]))
+  return merged
+
+
 class RMSNorm(nnx.Module):
   """Root-mean-square norm; the mean in f32, the weight applied in the parameters' dtype."""
 
@@ -68,12 +84,27 @@ class Attention(nnx.Module):
       attend: Attend, state: Any,
   ) -> tuple[jax.Array, Any]:
     tokens = x.shape[0]
-    q = self.q_proj(x).reshape(tokens, -1, self.head_dim)
-    k = self.k_proj(x).reshape(tokens, -1, self.head_dim)
-    v = self.v_proj(x).reshape(tokens, -1, self.head_dim)
+    q, k, v = (rows.reshape(tokens, -1, self.head_dim) for rows in self._project(x))
     q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
     out, state = attend(layer, q, k, v, state)
     return self.o_proj(out.reshape(tokens, -1).astype(x.dtype)), state
+
+  def _project(self, x: jax.Array) -> Sequence[jax.Array]:
+    return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+class MergedAttention(Attention):
+  """The same with one product for queries, keys and values."""
+
+  def __init__(self, attention: Attention):
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    self.head_dim = attention.head_dim
+    self.splits = tuple(itertools.accumulate(part.kernel.shape[1] for part in parts[:2]))
+    self.qkv_proj = _side_by_side(*parts)
+    self.o_proj = attention.o_proj
+
+  def _project(self, x: jax.Array) -> Sequence[jax.Array]:
+    return jnp.split(self.qkv_proj(x), self.splits, axis=-1)
 
 
 class MLP(nnx.Module):
@@ -86,7 +117,22 @@ class MLP(nnx.Module):
     self.down_proj = _linear(inner, hidden, bias, dtype, rngs)
 
   def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
-    return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+    gate, up = self._project(x)
+    return self.down_proj(nnx.silu(gate) * up)
+
+  def _project(self, x: jax.Array) -> Sequence[jax.Array]:
+    return self.gate_proj(x), self.up_proj(x)
+
+
+class MergedMLP(MLP):
+  """The same with one product for gate and up."""
+
+  def __init__(self, mlp: MLP):
+    self.gate_up_proj = _side_by_side(mlp.gate_proj, mlp.up_proj)
+    self.down_proj = mlp.down_proj
+
+  def _project(self, x: jax.Array) -> Sequence[jax.Array]:
+    return jnp.split(self.gate_up_proj(x), 2, axis=-1)
 
 
 class DecoderLayer(nnx.Module):
@@ -105,3 +151,8 @@ class DecoderLayer(nnx.Module):
     out, state = self.attention(self.input_norm(x), layer, positions, frequencies, attend, state)
     x = x + out
     return x + self.mlp(self.post_attention_norm(x)), state
+
+  def merge_products(self) -> None:
+    """Replaces products of one input by one: fewer and larger ones read the weights faster."""
+    self.attention = MergedAttention(self.attention)
+    self.mlp = MergedMLP(self.mlp)
