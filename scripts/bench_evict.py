@@ -38,6 +38,8 @@ class Case:
     bounded: whether the call is told that no head holds more than `tokens`.
     pooled: whether scores are max-pooled over 7 neighbours, as KVC-w's are: then
       ties have to be split.
+    spread: of the heads' scores, standard deviation of the logarithm. Unequal heads
+      lose unequal numbers of KVs, and fewer move; with 0 nearly all survivors do.
   """
 
   seqs: int = 1
@@ -50,6 +52,7 @@ class Case:
   table_tokens: int | None = None
   bounded: bool = False
   pooled: bool = True
+  spread: float = 1.0
 
   @property
   def kvs(self) -> int:
@@ -64,6 +67,7 @@ class Case:
 CASES = {
     "1x32k": Case(tokens=32768),
     "1x32k-no-ties": Case(tokens=32768, pooled=False),
+    "1x32k-even-heads": Case(tokens=32768, spread=0.0),
     "16x4k": Case(seqs=16, tokens=4096),
     "16x4k-tables-of-32k": Case(seqs=16, tokens=4096, table_tokens=32768),
     "16x4k-tables-of-32k-bounded": Case(seqs=16, tokens=4096, table_tokens=32768, bounded=True),
@@ -77,21 +81,21 @@ CASES = {
 
 
 def build(case: Case) -> CacheState:
-  """A full cache; heads differ in the size of their scores, so that they lose unequal numbers of KVs."""
+  """A full cache with scores."""
   lengths = np.full((case.layers, case.seqs, case.kv_heads), case.tokens, np.int32)
   state = bench_common.make_cache(
       lengths, head_dim=case.head_dim, block_size=case.block_size,
       max_blocks_per_head=-(-(case.table_tokens or case.tokens) // case.block_size))
-  return dataclasses.replace(state, scores=_scores(state, pooled=case.pooled, tokens=case.tokens))
+  return dataclasses.replace(state, scores=_scores(state, case=case))
 
 
-@functools.partial(jax.jit, static_argnames=("pooled", "tokens"))
-def _scores(state, *, pooled, tokens):
-  columns = state.tables[..., : tokens // state.block_size]
+@functools.partial(jax.jit, static_argnames="case")
+def _scores(state, *, case):
+  columns = state.tables[..., : case.tokens // state.block_size]
   kinds, heads = jax.random.split(jax.random.key(0))
-  scores = jax.random.exponential(kinds, (*state.lengths.shape, tokens))
-  scores *= jnp.exp(jax.random.normal(heads, state.lengths.shape))[..., None]
-  if pooled:
+  scores = jax.random.exponential(kinds, (*state.lengths.shape, case.tokens))
+  scores *= jnp.exp(case.spread * jax.random.normal(heads, state.lengths.shape))[..., None]
+  if case.pooled:
     scores = jax.lax.reduce_window(scores, 0.0, jax.lax.max, (1, 1, 1, 7), (1, 1, 1, 1), "SAME")
   return state.scores.at[columns].set(scores.reshape(*columns.shape, state.block_size))
 
