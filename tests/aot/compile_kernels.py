@@ -89,7 +89,7 @@ def _work(args: argparse.Namespace) -> int:
     try:
       row = _check(target, case)
     except Exception as error:  # one that does not compile must not hide the others
-      reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+      reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
       skipped = "cuDNN not found" in reason  # JAX asks the library for its version while tracing
       row = {"kernels": [], "faults": [] if skipped else [reason], "skipped": skipped}
     row |= {"target": target, "case": case.name, "seconds": round(time.monotonic() - start, 1)}
@@ -121,8 +121,8 @@ def _check(target: str, case: Any) -> dict[str, Any]:
 
 
 def _own(op: str, kernels: Any) -> list[Any]:
-  """Kernels written here: named after their op."""
-  return [kernel for kernel in kernels if kernel.name.startswith(op)]
+  """Kernels written here: named after their op, or by Mosaic GPU."""
+  return [kernel for kernel in kernels if kernel.name.startswith(op) or "mosaic_gpu" in kernel.name]
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -71,12 +71,11 @@ def compile_for(
   mesh = topologies.make_mesh(topology, (1,), ("x",))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tuple(args))
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    jitted = run if hasattr(run, "lower") else jax.jit(run, donate_argnums=tuple(donated))
-    lowered = jitted.lower(*placed, **static)
-  with tempfile.TemporaryDirectory() as folder:
+  jitted = run if hasattr(run, "lower") else jax.jit(run, donate_argnums=tuple(donated))
+  with tempfile.TemporaryDirectory() as folder, _mosaic_answers_in(folder):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      lowered = jitted.lower(*placed, **static)
     log = pathlib.Path(folder) / "xla.log"
-    os.environ["MOSAIC_GPU_DUMP_TO"], os.environ["MOSAIC_GPU_DUMP_PTXAS"] = folder, "1"
     with _stderr_to(log):
       executable = lowered.compile()
     said = [path.read_text(encoding="utf-8", errors="replace") for path in (log, *pathlib.Path(folder).glob("*.ptxas"))]
@@ -85,6 +84,15 @@ def compile_for(
       kernels=tuple(kernels_in("\n".join(said))), aliased=memory.alias_size_in_bytes,
       fresh=memory.output_size_in_bytes - memory.alias_size_in_bytes, temporary=memory.temp_size_in_bytes,
       copies=tuple(copies_in(executable.as_text())))
+
+
+@contextlib.contextmanager
+def _mosaic_answers_in(folder: str) -> Iterator[None]:
+  os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1"}
+  try:
+    yield
+  finally:
+    del os.environ["MOSAIC_GPU_DUMP_TO"], os.environ["MOSAIC_GPU_DUMP_PTXAS"]
 
 
 @contextlib.contextmanager
