@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
-[ $# -gt 0 ] || set -- tests/kernels -k "128-16-bfloat16 or count_at_most or lowest_kvs"
+# cuDNN's own kernels are not ours to check, and end in a segmentation fault under the sanitizer.
+[ $# -gt 0 ] || set -- tests/kernels -k "(128-16-bfloat16 or count_at_most or lowest_kvs) and not prefill"
 
 # Plain allocations, each with its own bounds; in XLA's pool one array's end is the next one's beginning.
 export XLA_PYTHON_CLIENT_ALLOCATOR=platform
