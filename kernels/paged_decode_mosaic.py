@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kvc_jax.kernels import backends, stream_k
+from kvc_jax.kernels import backends, merge_partials_triton, stream_k
 from kvc_jax.kernels import paged_decode_triton as triton
 from kvc_jax.kernels.observed import Observed
 
@@ -98,7 +98,7 @@ def paged_decode(
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   results, observed = _attend(plan, q, kv, walk, observed, fused=not interpret, interpret=interpret)
   if interpret:  # it knows no semaphores
-    return triton._merge(plan, results, walk, q, observed, interpret=True)
+    return merge_partials_triton.merge(plan, results, walk, q, observed, interpret=True)
   out, *_ = results
   return out.reshape(q.shape), observed
 
@@ -508,7 +508,7 @@ class _Behind:
   Attributes:
     cta: as elsewhere.
     table_row: i32 [] of the pair.
-    newest: i32 [] the newest position that counts; below all where none does.
+    newest: i32 [] the newest position that counts.
     length: i32 [] KVs of the pair; the last one is newer than the observed query.
   """
 
@@ -543,7 +543,7 @@ class _Behind:
     chances = jnp.where((head >= plan.group) & (head < 2 * plan.group), weights, 0.0)
     gain = jnp.sum(chances * chances if plan.power == 2 else chances, axis=1)
     token = tile * size + plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=_BY_TOKEN)
-    counted = (token < self.length - 1) & (self.newest >= 0)
+    counted = token < self.length - 1
     if plan.buffer:
       counted &= plgpu.load(smem["positions"].at[slot], layout=_BY_TOKEN, optimized=False) <= self.newest
     old = plgpu.load(smem["scores"].at[slot], layout=_BY_TOKEN, optimized=False)
