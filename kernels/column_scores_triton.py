@@ -43,7 +43,7 @@ class Config:
 def default_config(q: jax.Array | jax.ShapeDtypeStruct) -> Config:
   """The measured choice for queries [R, H*G, D]; it fits in 96 KiB of shared memory."""
   if q.dtype == jnp.float32:  # products without tensor cores, with operands in registers: larger tiles spill
-    return Config(tile=32, rows=32, num_warps=8)
+    return Config(tile=32, rows=32, num_warps=8, num_stages=2)
   row_bytes = pl.next_power_of_2(q.shape[-1]) * q.dtype.itemsize
   return Config(tile=max(16, min(128, 32768 // row_bytes)), rows=max(16, min(64, 16384 // row_bytes)))
 
