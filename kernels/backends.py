@@ -147,7 +147,7 @@ def choose(op: str, shape: Shape) -> str:
   known = {XLA, "auto"} | {support.backend for entries in TABLE.values() for support in entries}
   if wanted not in known:
     raise ValueError(f"KVC_BACKEND or backends.use names {wanted!r}; known: {', '.join(sorted(known))}")
-  capability = (override and override.capability) or device_capability()
+  capability = target_capability()
   if capability is None:
     return XLA
   return _choose(op, shape, wanted, capability)
@@ -171,6 +171,12 @@ def _choose(op: str, shape: Shape, wanted: str, capability: tuple[int, int]) -> 
 def _device() -> jax.Device:
   device = jax.config.jax_default_device
   return device if isinstance(device, jax.Device) else jax.devices(device)[0]
+
+
+def target_capability() -> tuple[int, int] | None:
+  """Compute capability to choose for: that of `use`, else the device's."""
+  override = _override.value
+  return (override and override.capability) or device_capability()
 
 
 def device_capability() -> tuple[int, int] | None:

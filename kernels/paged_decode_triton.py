@@ -50,15 +50,22 @@ class Config:
     return sum(ctas for ctas, _ in self.waves)
 
 
+_CTAS_PER_CORE = {(8, 0): 2, (8, 6): 1, (8, 7): 2, (8, 9): 1, (12, 0): 1}
+"""By compute capability, where it is not 3: what 100 or 164 KiB of shared memory hold."""
+
+
 def default_config(kv: jax.ShapeDtypeStruct | jax.Array, pairs: int) -> Config:
   """What measured best on an H200 for a pool [N, 2, P, D] and S*H pairs (docs/performance.md)."""
   _, _, _, head_dim = kv.shape
   row_bytes = head_dim * kv.dtype.itemsize
   cores = backends.num_cores()
-  tile = max(16, min(128 if kv.dtype.itemsize == 1 else 64, 16384 // row_bytes))
+  # float32 products take plain multiply-adds, and so many registers.
+  most, tile_bytes = {1: (128, 16384), 2: (64, 16384), 4: (32, 8192)}[kv.dtype.itemsize]
+  tile = max(16, min(most, tile_bytes // row_bytes))
+  # All CTAs have to fit on the GPU at once, or the last ones run alone: 74 KiB of shared memory each.
+  fit = _CTAS_PER_CORE.get(backends.target_capability() or (9, 0), 3)
   # Few pairs make short shares: fewer CTAs then leave fewer partial results.
-  stages, per_core = (3, 4) if pairs >= 2 * cores else (5, 2)
-  return Config(tile=tile, num_stages=stages, waves=((per_core * cores, 1.0),))
+  return Config(tile=tile, num_stages=5, waves=((min(fit, 3 if pairs >= 2 * cores else 2) * cores, 1.0),))
 
 
 def paged_decode(
