@@ -146,7 +146,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   shapes = list(bench_common.DECODE_SHAPES)
   parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(shapes)}; all by default")
-  parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; by default a few, and more on the first shape")
+  parser.add_argument("--variant", action="append", choices=VARIANTS,
+                      help="may be repeated; by default two, and more on the first shape")
   parser.add_argument("--peer", action="append", choices=[*peers.PEERS, "none"], help="may be repeated; all by default")
   parser.add_argument("--out", default=bench_common.RESULTS, help="folder for decode.json")
   options = parser.parse_args()
