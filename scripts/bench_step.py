@@ -47,7 +47,7 @@ def main() -> None:
   parser.add_argument("--seqs", type=int, default=64)
   parser.add_argument("--tokens", type=int, default=4096, help="KVs per head in the middle of the run")
   parser.add_argument("--layers", type=int, default=32)
-  parser.add_argument("--repeats", type=int, default=10, help="steps in a round")
+  parser.add_argument("--repeats", type=int, default=20, help="steps in a round")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--out", default=common.RESULTS, help="folder for bench_step.json")
   args = parser.parse_args()
