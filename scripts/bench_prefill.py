@@ -8,14 +8,16 @@ rate of an 8192^3 bfloat16 product measured in the same run.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import bench_common
@@ -23,15 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_common import Timing, time_calls
-from flax import nnx
 
-from kvc_jax.attention.prefill import init_observation
+from kvc_jax.attention.prefill import Observation, init_observation
 from kvc_jax.cache.state import CacheState
 from kvc_jax.engine import steps
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.kernels.paged_prefill import paged_prefill
-from kvc_jax.model.llama import unstack_layers
+from kvc_jax.model.llama import abstract_llama, unstack_layers
 
 CONFIG = bench_common.llama_8b()
 GROUP = CONFIG.num_heads // CONFIG.num_kv_heads
@@ -85,21 +86,28 @@ def attention_rows(tokens: int, peak: float) -> Iterator[dict[str, Any]]:
   for kind in ("none", "full", "ragged"):
     lengths = prefix_lengths(kind, tokens, 1)
     state = bench_common.make_cache(
-        lengths, head_dim=CONFIG.head_dim, max_blocks_per_head=4 * tokens // 16, spare_blocks=1)
+        lengths, head_dim=CONFIG.head_dim, max_blocks_per_head=4 * tokens // 16,
+        spare_blocks=lengths.size * -(-tokens // 16) - int((-(-lengths // 16)).sum()))
     timing, _ = time_calls(lambda q, state=state: attend(q, k, v, state), q)
     yield _row(f"attention, prefix {kind}", timing, attention_flops(tokens, lengths), peak)
 
 
-def torch_rows(tokens: int, peak: float) -> Iterator[dict[str, Any]]:
-  """torch's attention of one chunk without prefix, in a process of its own."""
-  done = subprocess.run(
-      [sys.executable, __file__, "--torch", "--tokens", str(tokens)], capture_output=True, text=True, check=False)
-  for line in done.stdout.splitlines():
+def start_torch(tokens: int) -> subprocess.Popen[str]:
+  """torch in a process of its own, which imports it and then waits for a line."""
+  return subprocess.Popen(
+      [sys.executable, __file__, "--torch", "--tokens", str(tokens)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True)
+
+
+def torch_rows(process: subprocess.Popen[str], tokens: int, peak: float) -> Iterator[dict[str, Any]]:
+  """torch's attention of one chunk without prefix."""
+  output, log = process.communicate("go\n")
+  for line in output.splitlines():
     row = json.loads(line)
     timing = Timing(row["seconds"], row["least"], row["most"])
     yield _row(row["what"], timing, attention_flops(tokens, prefix_lengths("none", tokens, 1)), peak)
-  if done.returncode:
-    yield {"what": "torch", "error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+  if process.returncode:
+    yield {"what": "torch", "error": (log.strip().splitlines() or ["no output"])[-1]}
 
 
 def run_torch(tokens: int) -> None:
@@ -107,6 +115,7 @@ def run_torch(tokens: int) -> None:
   import torch
   from torch.nn import attention, functional
 
+  sys.stdin.readline()
   shape = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
   q = shape(1, CONFIG.num_heads, tokens, CONFIG.head_dim)
   k, v = (shape(1, CONFIG.num_kv_heads, tokens, CONFIG.head_dim) for _ in range(2))
@@ -135,31 +144,52 @@ def _rewind(state: CacheState, start: dict[str, jax.Array]) -> CacheState:
   return dataclasses.replace(state, **jax.tree.map(jnp.copy, start))
 
 
-def _cache(tokens: int, kind: str) -> tuple[CacheState, dict[str, jax.Array]]:
-  """A cache with room for one more chunk, and what `_rewind` needs to come back to it."""
-  lengths = prefix_lengths(kind, tokens, CONFIG.num_layers)
-  room = lengths.size * (-(-tokens // 16) + 1)
+def _cache(layers: int, tokens: int, kind: str) -> tuple[CacheState, dict[str, jax.Array]]:
+  """A cache with room for one more chunk, and what `_rewind` needs to come back to it.
+
+  Its shapes are the same for every kind, so one program serves them all.
+  """
+  lengths = prefix_lengths(kind, tokens, layers)
+  room = lengths.size * (2 * -(-tokens // 16) + 1) - int((-(-lengths // 16)).sum())
   state = bench_common.make_cache(
       lengths, head_dim=CONFIG.head_dim, max_blocks_per_head=4 * tokens // 16, spare_blocks=room)
   names = ("tables", "lengths", "num_tokens", "free_ids", "free_count")
   return state, {name: jnp.copy(getattr(state, name)) for name in names}
 
 
-def _time_chunk(model, tokens: int, kind: str, rule) -> tuple[Timing, CacheState, Any]:
-  """Time of one `prefill_chunk` behind a prefix of that kind; also the cache and observation it leaves."""
-  state, start = _cache(tokens, kind)
+def _observe(rule, layers: int) -> Observation:
+  return init_observation(rule, layers, CONFIG.num_heads, CONFIG.head_dim, jnp.bfloat16)
+
+
+def _compile_chunk(model, layers: int, tokens: int, rule) -> Callable[..., Any]:
+  state = jax.eval_shape(lambda: _cache(layers, tokens, "none")[0])
+  observation = jax.eval_shape(lambda: _observe(rule, layers))
+  ids = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+  return steps.prefill_chunk.lower(model, state, observation, ids, _ZERO, jnp.int32(tokens), rule=rule).compile()
+
+
+def _compile_chunks(model, tokens: int, rules: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
+  """`prefill_chunk` for each rule, compiled side by side."""
+  # XLA times algorithms for products while it compiles, and keeps the answer: one layer
+  # settles them all while nothing else runs.
+  one = dataclasses.replace(CONFIG, num_layers=1)
+  _compile_chunk(abstract_llama(one, jnp.bfloat16, stacked=False), 1, tokens, None)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    built = pool.map(lambda rule: _compile_chunk(model, CONFIG.num_layers, tokens, rule), rules)
+    return dict(zip(rules, built, strict=True))
+
+
+def _time_chunk(run, model, tokens: int, kind: str, rule) -> tuple[Timing, CacheState, Observation]:
+  """Time of one chunk behind a prefix of that kind; also the cache and observation it leaves."""
+  state, start = _cache(CONFIG.num_layers, tokens, kind)
   ids = jnp.arange(tokens, dtype=jnp.int32) * 7 % CONFIG.vocab_size
 
-  def observe():
-    return init_observation(rule, CONFIG.num_layers, CONFIG.num_heads, CONFIG.head_dim, jnp.bfloat16)
-
   def step(carry):
-    state = _rewind(carry[0], start)
-    logits, ok, state, observation = steps.prefill_chunk(
-        model, state, observe(), ids, _ZERO, jnp.int32(tokens), rule=rule)
+    observation = _observe(rule, CONFIG.num_layers)
+    logits, ok, state, observation = run(model, _rewind(carry[0], start), observation, ids, _ZERO, jnp.int32(tokens))
     return state, observation, logits, ok
 
-  timing, (state, observation, logits, ok) = time_calls(step, (state,), repeats=2, rounds=5)
+  timing, (state, observation, logits, ok) = time_calls(step, (state,), repeats=1, rounds=5)
   assert bool(ok), "the chunk did not get its blocks"
   assert bool(jnp.isfinite(logits).all()), "a logit is not finite"
   return timing, state, observation
@@ -168,27 +198,25 @@ def _time_chunk(model, tokens: int, kind: str, rule) -> tuple[Timing, CacheState
 def chunk_rows(tokens: int, peak: float) -> Iterator[dict[str, Any]]:
   """`prefill_chunk` of the whole model, over each kind of prefix and with each way to score."""
   model = unstack_layers(bench_common.random_model(CONFIG))  # as the engine does on a GPU
-  jax.block_until_ready(nnx.state(model))
-  cases: tuple[tuple[str, Any], ...] = (
-      ("none", None), ("none", WindowAttention()), ("full", None), ("ragged", None), ("none", FullAttention()))
-  for kind, rule in cases:
-    timing, state, observation = _time_chunk(model, tokens, kind, rule)
+  window, full, scale = WindowAttention(), FullAttention(), CONFIG.head_dim**-0.5
+  programs = _compile_chunks(model, tokens, (None, window, full))
+  for kind, rule in (("none", None), ("full", None), ("ragged", None), ("none", window), ("none", full)):
+    timing, state, observation = _time_chunk(programs[rule], model, tokens, kind, rule)
     flops = 2.0 * layer_parameters() * tokens + attention_flops(tokens, prefix_lengths(kind, tokens, CONFIG.num_layers))
     scores = type(rule).__name__ if rule else "none"
     yield _row(f"chunk, prefix {kind}", timing, flops, peak, scores=scores)
-    if rule is not None and rule.observed == "last":
-      score = functools.partial(steps.score_prompt, scale=CONFIG.head_dim**-0.5, rule=rule)
-      timing, _ = time_calls(lambda s, o=observation, f=score: f(s, o, _ZERO), state)
+    if rule is window:
+      timing, _ = time_calls(
+          lambda state, o=observation: steps.score_prompt(state, o, _ZERO, scale=scale, rule=window), state)
       yield {"what": "score_prompt behind it", "scores": scores, **timing.row()}
 
 
-PARTS: dict[str, tuple[Callable[[int, float], Iterator[dict[str, Any]]], ...]] = {
-    "attention": (attention_rows, torch_rows), "chunk": (chunk_rows,)}
+PARTS = ("attention", "chunk")
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--only", nargs="+", choices=PARTS, default=tuple(PARTS))
+  parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
   parser.add_argument("--tokens", type=int, default=8192, help="tokens of a chunk")
   parser.add_argument("--out", default=bench_common.RESULTS, help="folder for prefill.json")
   parser.add_argument("--torch", action="store_true", help=argparse.SUPPRESS)
@@ -197,17 +225,23 @@ def main() -> None:
     run_torch(args.tokens)
     return
   warnings.filterwarnings("ignore", category=DeprecationWarning)  # lowering a Triton kernel warns
+  torch = start_torch(args.tokens) if "attention" in args.only else None
   peak = bench_common.matmul_rate()
+  measured: list[Iterator[dict[str, Any]]] = []
+  if torch:
+    measured += [attention_rows(args.tokens, peak), torch_rows(torch, args.tokens, peak)]
+  if "chunk" in args.only:
+    measured.append(chunk_rows(args.tokens, peak))
   rows = []
-  for part in args.only:
-    for measure in PARTS[part]:
-      for row in measure(args.tokens, peak):
-        rows.append(row)
-        bench_common.print_table([row])
-  path = bench_common.write_results(
-      "prefill", rows, folder=args.out, matmul_flops_per_second=peak, tokens=args.tokens,
-      layer_parameters=layer_parameters())
-  print(f"matmul {peak / 1e12:.0f} TFLOP/s; wrote {path}")
+  try:
+    for row in itertools.chain(*measured):
+      rows.append(row)
+      bench_common.print_table([row])
+  finally:  # what was measured before an error is kept
+    path = bench_common.write_results(
+        "prefill", rows, folder=args.out, matmul_flops_per_second=peak, tokens=args.tokens,
+        layer_parameters=layer_parameters())
+    print(f"matmul {peak / 1e12:.0f} TFLOP/s; wrote {path}")
 
 
 if __name__ == "__main__":
