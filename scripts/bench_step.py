@@ -164,7 +164,10 @@ def _time_in_turns(
   return {name: common.Timing(float(np.median(t)), min(t), max(t)) for name, t in medians.items()}, parts
 
 
-_KINDS = {"attention": ("paged_decode",), "products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "linear")}
+_KINDS = {
+    "attention": ("paged_decode", "mosaic_gpu"),
+    "products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
+}
 
 
 def _parts(run: Step, cache: CacheState) -> tuple[dict[str, float], CacheState]:

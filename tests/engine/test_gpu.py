@@ -75,8 +75,8 @@ def test_shipped_model_gives_the_same_text_as_on_the_cpu(rate):
 def _random_model(folder, head_dim, group):
   """A model whose shape the kernels take; weights small enough for smooth attention."""
   config = hf_config(
-      vocab_size=512, hidden_size=256, intermediate_size=384, num_attention_heads=2 * group, num_key_value_heads=2,
-      head_dim=head_dim, max_position_embeddings=1024, tie_word_embeddings=False)
+      vocab_size=512, hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=2 * group,
+      num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=1024, tie_word_embeddings=False)
   tensors = {key: value if "norm" in key else value * np.float32(0.06) for key, value in hf_tensors(config).items()}
   tensors["model.embed_tokens.weight"] *= np.float32(16)
   return write_folder(folder / "model", config, tensors)
