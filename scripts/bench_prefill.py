@@ -4,7 +4,8 @@
 
 Writes docs/results/prefill.json. A share of peak is model FLOPs (two per parameter of the
 layers and token, and the products of attention that the causal mask leaves) over the
-rate of an 8192^3 bfloat16 product measured in the same run.
+rate of an 8192^3 bfloat16 product measured in the same run. Whole chunks take a fifth of a
+second, so one call is a round.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from kvc_jax.model.llama import abstract_llama, unstack_layers
 
 CONFIG = bench_common.llama_8b()
 GROUP = CONFIG.num_heads // CONFIG.num_kv_heads
-_ZERO = jnp.int32(0)
+_ZERO = np.int32(0)  # of NumPy, so that torch's process does not start JAX's backend
 
 
 def prefix_lengths(kind: str, tokens: int, layers: int) -> np.ndarray:
