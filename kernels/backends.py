@@ -91,9 +91,22 @@ _KEYS_ON_TRITON = Support(
     backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=frozenset({"uint32"}), head_dims=frozenset({1}),
     block_sizes=frozenset({1}))
 
+
+
+def _decode_on_mosaic(dtype: str, head_dim: int, max_group: int) -> Support:
+  """Queries in the pool's dtype; later GPUs have other matrix products."""
+  return Support(
+      backend="mosaic", capabilities=(_HOPPER, _HOPPER), dtypes=frozenset({dtype}), query_dtypes=frozenset({dtype}),
+      head_dims=frozenset({head_dim}), max_group=max_group)
+
+
 TABLE: dict[str, tuple[Support, ...]] = {
     "paged_decode": (
+        _decode_on_mosaic("bfloat16", 128, 8),
+        _decode_on_mosaic("bfloat16", 64, 16),
+        _decode_on_mosaic("float16", 64, 4),
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
+        _decode_on_mosaic("bfloat16", 256, 2),  # not timed
     ),
     # Ampere has no e4m3, and this kernel leaves its conversion to Triton.
     "column_scores": (

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from kvc_jax.kernels import backends, paged_decode_triton, paged_decode_xla
+from kvc_jax.kernels import backends, paged_decode_mosaic, paged_decode_triton, paged_decode_xla
 from kvc_jax.kernels.observed import Observed
 
 
@@ -52,5 +52,6 @@ def paged_decode(
         f"paged_decode: observed queries {observed.queries.shape} are not those of {tables.shape[0]} layers and "
         f"q {q.shape}")
   backend = backends.choose("paged_decode", backends.shape_of(kv, q_heads // tables.shape[2], q.dtype))
-  run = {"triton": paged_decode_triton.paged_decode}.get(backend, paged_decode_xla.paged_decode)
+  run = {"mosaic": paged_decode_mosaic.paged_decode, "triton": paged_decode_triton.paged_decode}.get(
+      backend, paged_decode_xla.paged_decode)
   return run(q, kv, tables, lengths, layer, observed, scale=scale, power=power, buffer=buffer)
