@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kvc_jax.kernels import backends
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -30,8 +32,13 @@ class Config:
 
   tile: int = 1024
   unroll: int = 4
-  step_bits: int = 4
+  step_bits: int
   num_warps: int = 8
+
+
+def default_config(heads: int) -> Config:
+  """Few heads: more bits at a time and fewer reads. Many: fewer registers, so that more CTAs hide the latency."""
+  return Config(step_bits=4 if heads <= 4 * backends.num_cores() else 2)
 
 
 def lowest_kvs(
@@ -45,8 +52,8 @@ def lowest_kvs(
     interpret: bool = False,
 ) -> jax.Array:
   """See `lowest_kvs.lowest_kvs`; `interpret` runs on the CPU, for tests."""
-  config = config or Config()
   heads, kvs = keys.shape
+  config = config or default_config(heads)
   marks = pl.pallas_call(
       functools.partial(_kernel, kvs=kvs, block_size=positions.shape[1], config=config),
       out_shape=jax.ShapeDtypeStruct((heads * kvs,), jnp.int8), grid=(heads,), interpret=interpret, name="lowest_kvs",
@@ -80,16 +87,16 @@ class _Head:
     tile, unroll = self.config.tile, self.config.unroll
 
     def step(i, carry):
-      loads = [self.load((i * unroll + j) * tile) for j in range(unroll)]
+      loads = [self.load((i * unroll + j) * tile, tile) for j in range(unroll)]
       parts = [body(*load) for load in loads]
       return tuple(combine(c, p) for c, p in zip(carry, zip(*parts, strict=True), strict=True))
 
     span = tile * unroll
     return lax.fori_loop(0, lax.div(self.length + (span - 1), jnp.int32(span)), step, init)
 
-  def load(self, first):
-    """A tile of entries: indices, which are held, keys."""
-    index = first + jnp.arange(self.config.tile, dtype=jnp.int32)
+  def load(self, first, size):
+    """Entries from `first` on: indices, which are held, keys."""
+    index = first + jnp.arange(size, dtype=jnp.int32)
     held = index < self.length
     return index, held, plt.load(self.keys_ref.at[self.row * self.kvs + index], mask=held, other=0)
 
@@ -132,16 +139,16 @@ def _kernel(keys_ref, positions_ref, tables_ref, lengths_ref, wanted_ref, marks_
   split = needed < equal
   # Without a split all equals are marked and the search has nothing to read.
   last = _last_position(dataclasses.replace(head, length=jnp.where(split, length, 0)), threshold, needed)
-  tile = config.tile
+  span = config.tile * config.unroll
 
   def write(i, carry):
-    index, held, keys = head.load(i * tile)
+    index, held, keys = head.load(i * span, span)
     tied = held & (keys == threshold)
     marked = held & (keys < threshold) | tied & (head.positions(index, tied & split) <= last)
     plt.store(marks_ref.at[row * kvs + index], marked.astype(jnp.int8), mask=index < kvs)
     return carry
 
-  lax.fori_loop(0, pl.cdiv(kvs, tile), write, None)
+  lax.fori_loop(0, pl.cdiv(kvs, span), write, None)
 
 
 def _last_position(head, threshold, needed):

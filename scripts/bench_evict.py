@@ -80,6 +80,9 @@ CASES = {
 }
 
 
+DEFAULT_CASES = ("1x32k", "1x32k-even-heads", "16x4k", "1x4k")
+
+
 def build(case: Case) -> CacheState:
   """A full cache with scores."""
   lengths = np.full((case.layers, case.seqs, case.kv_heads), case.tokens, np.int32)
@@ -160,14 +163,15 @@ def prefill_flops(case: Case) -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all by default")
+  parser.add_argument("cases", nargs="*", metavar="CASE",
+                      help=f"of {', '.join(CASES)} (default: {', '.join(DEFAULT_CASES)})")
   parser.add_argument("--baseline", nargs="*", metavar="CASE", default=["1x32k", "16x4k"],
                       help="cases that are run on XLA alone as well (default: %(default)s)")
   parser.add_argument("--json", default=bench_common.RESULTS, help="folder for evict.json")
   options = parser.parse_args()
   bandwidth, matmul_rate = bench_common.read_bandwidth(), bench_common.matmul_rate()
   rows = []
-  for name in options.cases or CASES:
+  for name in options.cases or DEFAULT_CASES:
     for backend in ("auto", backends.XLA) if name in options.baseline else ("auto",):
       rows.append(run(name, CASES[name], backend, bandwidth, matmul_rate))
       bench_common.print_table(rows[-1:])

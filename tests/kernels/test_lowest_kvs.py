@@ -1,5 +1,7 @@
 """The lowest KVs of each head: the XLA version, the Triton one interpreted, and on a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,12 @@ import pytest
 from kvc_jax.kernels import backends, lowest_kvs_triton, lowest_kvs_xla
 from kvc_jax.kernels.lowest_kvs import lowest_kvs
 
-SMALL = lowest_kvs_triton.Config(tile=16, unroll=2, num_warps=1)
 NEVER = 0xFFFF_FFFF
 
 
-def _interpret(*arguments):
-  return lowest_kvs_triton.lowest_kvs(*arguments, config=SMALL, interpret=True)
+def _interpret(*arguments, step_bits=4):
+  config = lowest_kvs_triton.Config(tile=16, unroll=2, step_bits=step_bits, num_warps=1)
+  return lowest_kvs_triton.lowest_kvs(*arguments, config=config, interpret=True)
 
 
 def _problem(seed, heads, block_size, max_blocks, kinds):
@@ -42,7 +44,9 @@ def _expected(keys, positions, tables, lengths, wanted):
   return marks
 
 
-@pytest.mark.parametrize("run", [lowest_kvs_xla.lowest_kvs, _interpret], ids=["xla", "triton"])
+@pytest.mark.parametrize(
+    "run", [lowest_kvs_xla.lowest_kvs, _interpret, functools.partial(_interpret, step_bits=2)],
+    ids=["xla", "triton", "triton, 2 bits"])
 @pytest.mark.parametrize(
     ("seed", "shape"), [(0, (6, 8, 9, 4)), (1, (4, 16, 3, 1000)), (2, (7, 1, 41, 1)), (3, (3, 64, 2, 20))])
 def test_lowest_and_oldest(run, seed, shape):
@@ -58,8 +62,8 @@ def test_mismatched_shapes_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kinds", [1, 300, 100_000])
-@pytest.mark.parametrize(("block_size", "max_blocks"), [(16, 700), (64, 33), (8, 40)])
-def test_on_gpu(kinds, block_size, max_blocks):
-  problem = _problem(kinds, 40, block_size, max_blocks, kinds)
+@pytest.mark.parametrize(("heads", "block_size", "max_blocks"), [(40, 16, 700), (40, 64, 33), (700, 8, 40)])
+def test_on_gpu(kinds, heads, block_size, max_blocks):
+  problem = _problem(kinds, heads, block_size, max_blocks, kinds)
   with backends.use("triton"):
     np.testing.assert_array_equal(jax.jit(lowest_kvs)(*problem), _expected(*problem))
