@@ -114,8 +114,8 @@ def _width(plan) -> int:
 
 def _tiled(shape, dtype):
   """Shared memory in the layout that the tensor core reads."""
-  return plgpu.SMEM(shape, dtype, transforms=(
-      plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)))
+  tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+  return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))  # type: ignore[abstract]
 
 
 def _row_layout(width):
@@ -171,7 +171,7 @@ def _attend(plan, q, kv, walk, observed, *, fused, interpret):
       scratch_types=[scratch], grid=(config.ctas,), grid_names=("cta",), num_threads=2, thread_name="warpgroup",
       # Barriers are where they are needed: the default puts one around each access to shared memory.
       compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-      **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+      interpret=plgpu.InterpretGPUParams() if interpret else None,
   )
   results = run(*inputs)
   if observed is not None:
@@ -226,13 +226,13 @@ class _Cta:
     return tuple(tables[jnp.minimum(at + j, tables.shape[0] - 1)] for j in range(count))
 
 
-def _attend_kernel(*refs, plan, fused):
+def _attend_kernel(*args, plan, fused):
   names = ["q", "kv", "layer", "tables", "lengths", "plan"]
   if plan.observes:
     names += ["queries", "log_sums", "query_positions", "positions", "scores"]
   names += ["merged"] * fused + ["out", "top", "sum"]
-  *refs, smem = refs
-  refs = dict(zip(names, refs, strict=True))
+  *given, smem = args
+  refs = dict(zip(names, given, strict=True))
   layer = refs["layer"][0]
   cta = _Cta(plan, plan.row(refs["plan"], layer, plan.config.ctas), layer, lax.axis_index("cta"), refs, smem,
              pl.get_global(plgpu.SemaphoreType.REGULAR((plan.pairs,))) if fused else None)
