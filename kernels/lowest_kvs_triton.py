@@ -139,16 +139,16 @@ def _kernel(keys_ref, positions_ref, tables_ref, lengths_ref, wanted_ref, marks_
   split = needed < equal
   # Without a split all equals are marked and the search has nothing to read.
   last = _last_position(dataclasses.replace(head, length=jnp.where(split, length, 0)), threshold, needed)
-  span = config.tile * config.unroll
+  tile = config.tile
 
   def write(i, carry):
-    index, held, keys = head.load(i * span, span)
+    index, held, keys = head.load(i * tile, tile)
     tied = held & (keys == threshold)
     marked = held & (keys < threshold) | tied & (head.positions(index, tied & split) <= last)
     plt.store(marks_ref.at[row * kvs + index], marked.astype(jnp.int8), mask=index < kvs)
     return carry
 
-  lax.fori_loop(0, pl.cdiv(kvs, span), write, None)
+  lax.fori_loop(0, pl.cdiv(kvs, tile), write, None)
 
 
 def _last_position(head, threshold, needed):
