@@ -20,7 +20,7 @@ SMALL = paged_decode_mosaic.Config(stages=2, waves=((3, 1.0),))
 TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3}
 
 
-def _problem(group, head_dim, block_size, dtype, max_tokens=192):
+def _problem(group, head_dim, block_size, dtype, max_tokens=128):
   return make_problem(
       group, group=group, head_dim=head_dim, block_size=block_size, max_blocks=max_tokens // block_size + 1,
       dtype=dtype)
@@ -52,7 +52,7 @@ def test_scores(power, buffer, group):
 
 
 def test_tiles_of_128_and_uneven_shares():
-  problem = _problem(2, 64, 16, jnp.bfloat16, max_tokens=400)
+  problem = _problem(2, 64, 16, jnp.bfloat16, max_tokens=256)
   config = paged_decode_mosaic.Config(tile=128, stages=3, waves=((2, 0.7), (3, 0.3)))
   out, _ = _interpret(problem, 1, config=config)
   assert output_error(out, expected_output(problem, 1, SCALE)) < TOLERANCES["bfloat16"]
@@ -60,6 +60,6 @@ def test_tiles_of_128_and_uneven_shares():
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_tolerance_catches(mutation):
-  problem = _problem(2, 64, 16, jnp.bfloat16)
+  problem = _problem(2, 64, 16, jnp.bfloat16, max_tokens=64)
   out, _ = _interpret(mutate(problem, mutation), 0)
   assert output_error(out, expected_output(problem, 0, SCALE)) > 2 * TOLERANCES["bfloat16"]
