@@ -1,6 +1,6 @@
 """Decode attention over block tables that differ for every head: the op."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -54,7 +54,6 @@ def paged_decode(
         f"paged_decode: observed queries {observed.queries.shape} are not those of {tables.shape[0]} layers and "
         f"q {q.shape}")
   backend = backends.choose("paged_decode", backends.shape_of(kv, q_heads // tables.shape[2], q.dtype))
-  run: Callable[..., tuple[jax.Array, Observed | None]] = {
-      "mosaic": paged_decode_mosaic.paged_decode, "triton": paged_decode_triton.paged_decode,
-  }.get(backend, paged_decode_xla.paged_decode)
+  runs: dict[str, Any] = {"mosaic": paged_decode_mosaic.paged_decode, "triton": paged_decode_triton.paged_decode}
+  run = runs.get(backend, paged_decode_xla.paged_decode)
   return run(q, kv, tables, lengths, layer, observed, scale=scale, power=power, buffer=buffer)
