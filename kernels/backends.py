@@ -33,6 +33,7 @@ class Shape:
     head_dim: D.
     group: G, query heads per KV head.
     block_size: P.
+    pool_bytes: of the pool.
   """
 
   dtype: str
@@ -40,6 +41,7 @@ class Shape:
   head_dim: int
   group: int
   block_size: int
+  pool_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Support:
     head_dims: D.
     block_sizes: P.
     max_group: largest G.
+    unreachable: pools above the first and up to the second number of bytes are not taken.
   """
 
   backend: str
@@ -63,6 +66,7 @@ class Support:
   head_dims: frozenset[int] = frozenset({64, 96, 128, 256})
   block_sizes: frozenset[int] = frozenset({8, 16, 32, 64})
   max_group: int = 16
+  unreachable: tuple[int, int] = (0, 0)
 
   def lacks(self, capability: tuple[int, int], shape: Shape) -> str | None:
     """Why this backend cannot run it; None where it can."""
@@ -79,6 +83,8 @@ class Support:
       return f"block_size {shape.block_size}"
     if shape.group > self.max_group:
       return f"{shape.group} query heads per KV head"
+    if self.unreachable[0] < shape.pool_bytes <= self.unreachable[1]:
+      return f"a pool of {shape.pool_bytes} bytes"
     return None
 
 
@@ -108,9 +114,11 @@ TABLE: dict[str, tuple[Support, ...]] = {
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
         _decode_on_mosaic("bfloat16", 256, 2),  # not timed
     ),
-    # Ampere has no e4m3, and this kernel leaves its conversion to Triton.
+    # Ampere has no e4m3, and this kernel leaves its conversion to Triton. Pallas counts single bytes in 32 signed
+    # bits up to 4 GiB.
     "column_scores": (
-        Support(backend="triton", capabilities=(_ADA, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
+        Support(backend="triton", capabilities=(_ADA, _NEWEST), dtypes=frozenset({"float8_e4m3fn"}),
+                unreachable=(2 << 30, 4 << 30)),
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST)),
     ),
     # cuDNN's flash attention takes head dimensions above 128 on Hopper and newer only.
@@ -146,20 +154,37 @@ def use(backend: str, capability: tuple[int, int] | None = None) -> Iterator[Non
     backend: "auto", "xla", or a backend's name.
     capability: compute capability to choose for, instead of the device's; for
       compiling ahead of time without the device.
+
+  Raises:
+    ValueError: no op has such a backend.
   """
+  _check_name(backend)
   with _override(_Override(backend, capability)):
     yield
 
 
+def requested() -> str:
+  """The backend that `use` or the environment variable KVC_BACKEND asks for; "auto" by default.
+
+  Raises:
+    ValueError: no op has such a backend.
+  """
+  override = _override.value
+  return _check_name(override.backend if override else os.environ.get("KVC_BACKEND") or "auto")
+
+
+def _check_name(backend: str) -> str:
+  known = {XLA, "auto"} | {support.backend for entries in TABLE.values() for support in entries}
+  if backend not in known:
+    raise ValueError(f"{backend!r} is no backend (KVC_BACKEND or backends.use); give one of {', '.join(sorted(known))}")
+  return backend
+
+
 def choose(op: str, shape: Shape) -> str:
   """The backend that `op` takes for `shape` on the device that jit compiles for."""
-  override = _override.value
-  wanted = override.backend if override else os.environ.get("KVC_BACKEND", "auto")
+  wanted = requested()
   if wanted == XLA:
     return XLA
-  known = {XLA, "auto"} | {support.backend for entries in TABLE.values() for support in entries}
-  if wanted not in known:
-    raise ValueError(f"KVC_BACKEND or backends.use names {wanted!r}; known: {', '.join(sorted(known))}")
   capability = target_capability()
   if capability is None:
     return XLA
@@ -177,7 +202,7 @@ def _choose(op: str, shape: Shape, wanted: str, capability: tuple[int, int]) -> 
       return support.backend
     reasons.append(f"{support.backend} does not take {lacking}")
   if reasons:
-    _log.warning("%s runs on XLA, which is slower: %s", op, "; ".join(reasons))
+    _log.warning("%s runs on XLA, which is slower: %s", op, "; ".join(dict.fromkeys(reasons)))
   return XLA
 
 
@@ -221,4 +246,4 @@ def shape_of(kv: jax.Array, group: int, query_dtype: jax.typing.DTypeLike | None
   _, _, block_size, head_dim = kv.shape
   return Shape(
       dtype=kv.dtype.name, query_dtype=jnp.dtype(kv.dtype if query_dtype is None else query_dtype).name,
-      head_dim=head_dim, group=group, block_size=block_size)
+      head_dim=head_dim, group=group, block_size=block_size, pool_bytes=kv.size * kv.dtype.itemsize)

@@ -15,7 +15,7 @@ class Observed(NamedTuple):
   Attributes:
     scores: f32 [N, P], updated.
     positions: i32 [N, P] token position of each KV.
-    queries: [L, S, H*G, D] after RoPE, in the dtype of q; replaced by the new ones.
+    queries: [L, S, H*G, D] after RoPE, finite; replaced by the new ones, cast to this dtype.
     log_sums: f32 [L, S, H*G] of these queries, +inf where a sequence has none yet, so
       that its probabilities are 0; replaced by the new ones.
     query_positions: i32 [S] of these queries.

@@ -11,7 +11,7 @@ so they are the narrow side of the tensor core's products: logits [tile, columns
 K q^T and output [D, columns] = V^T p^T. As in paged_decode_triton the observed
 queries take columns beside the group's, and scores change in the ring's copy.
 
-Interpret mode knows no semaphores: there paged_decode_triton's second kernel merges.
+Interpret mode knows no semaphores: there merge_partials_triton's kernel merges.
 """
 
 import dataclasses

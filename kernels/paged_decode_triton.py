@@ -35,9 +35,9 @@ class Config:
 
   Attributes:
     tile: KVs per step, a power of two.
-    num_warps: of the first kernel.
+    num_warps: of a CTA.
     num_stages: Triton's; loads behind the table's load keep (num_stages - 1) // 2 tiles in flight.
-    waves: CTAs of the first kernel and their part of the work; see stream_k.schedule.
+    waves: CTAs and their part of the work; see stream_k.schedule.
   """
 
   tile: int

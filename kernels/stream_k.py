@@ -67,7 +67,7 @@ def _shares(total: Array, waves: Sequence[tuple[int, float]]) -> tuple[Array, Ar
   for wave, (ctas, part) in enumerate(waves):
     left = total - done
     work = left if wave == len(waves) - 1 else jnp.minimum((total * part).astype(jnp.int32), left)
-    share = (work + (ctas - 1)) // ctas
+    share = jnp.maximum((work + (ctas - 1)) // ctas, 1)  # only the very last CTAs may have nothing
     low = jnp.minimum(done + jnp.arange(ctas, dtype=jnp.int32) * share, total)
     bounds.append((low, jnp.minimum(low + share, total)))
     done = jnp.minimum(done + ctas * share, total)

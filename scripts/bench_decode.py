@@ -138,7 +138,8 @@ def compare(rows: list[dict]) -> None:
     if row["variant"].startswith("flashinfer") and "us" in row:
       best[row["shape"]] = min(row["us"], best.get(row["shape"], np.inf))
   for row in rows:
-    if row["variant"] in VARIANTS and row["shape"] in best:
+    same = row["variant"] in VARIANTS and VARIANTS[row["variant"]].dtype == "bfloat16"
+    if same and row["shape"] in best:
       row["over_flashinfer"] = best[row["shape"]] / row["us"]
 
 

@@ -65,14 +65,20 @@ def allocate(
       state,
       lengths=state.lengths.at[:, slots].add(counts[None, :, None], mode="drop"),
       num_tokens=state.num_tokens.at[slots].add(counts, mode="drop"),
-      log_sums=state.log_sums if max_count == 1 else _forget_queries(state, slots),
   )
+  state = state if max_count == 1 else _forget_queries(state, slots)
   return _mark_new_kvs(state, slots, old, counts, first_position, max_count), ok
 
 
-def _forget_queries(state: CacheState, slots: Array) -> Array | None:
-  """log_sums without the named sequences' last queries: those wait for the very next token only."""
-  return None if state.log_sums is None else state.log_sums.at[:, slots].set(jnp.inf, mode="drop")
+def _forget_queries(state: CacheState, slots: Array) -> CacheState:
+  """Drops the named sequences' last queries: those wait for the very next token only."""
+  if state.queries is None or state.log_sums is None:
+    return state
+  return dataclasses.replace(
+      state,
+      queries=state.queries.at[:, slots].set(0, mode="drop"),  # a NaN would outlive an infinite log_sum
+      log_sums=state.log_sums.at[:, slots].set(jnp.inf, mode="drop"),
+  )
 
 
 def _pop_blocks(state: CacheState, slots: Array, old: Array, need: Array, max_need: int) -> CacheState:
@@ -137,10 +143,10 @@ def release(state: CacheState, slots: Int[Array, " seqs"]) -> CacheState:
   tables = state.tables.at[:, slots].get(mode="fill", fill_value=NULL_BLOCK)  # [L, B, H, M]
   blocks = blocks_held(state.lengths.at[:, slots].get(mode="fill", fill_value=0), state.block_size).reshape(-1)
   state = push_blocks(state, tables.reshape(blocks.size, -1), jnp.zeros_like(blocks), blocks)
+  state = _forget_queries(state, slots)
   return dataclasses.replace(
       state,
       tables=state.tables.at[:, slots].set(NULL_BLOCK, mode="drop"),
       lengths=state.lengths.at[:, slots].set(0, mode="drop"),
       num_tokens=state.num_tokens.at[slots].set(0, mode="drop"),
-      log_sums=_forget_queries(state, slots),
   )

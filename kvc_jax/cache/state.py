@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 
 from kvc_jax.errors import InputError
 
+_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
+
 NULL_BLOCK = 0
 """Never allocated: table padding points at it and masked writes go to it."""
 
@@ -55,8 +57,13 @@ class CacheConfig:
         raise InputError(f"CacheConfig: {field.name} is {value!r}, but a positive whole number is needed")
     if self.num_blocks < 2:
       raise InputError("CacheConfig: num_blocks must be at least 2, for block 0 is never allocated")
-    if self.num_blocks * self.block_size >= 2**31:
-      raise InputError("CacheConfig: num_blocks * block_size must stay below 2**31, for KV slots have 32-bit numbers")
+    if self.num_blocks * self.block_size >= 2**30:
+      raise InputError("CacheConfig: num_blocks * block_size must stay below 2**30, for rows have 32-bit numbers")
+    if jnp.dtype(self.dtype).name not in _DTYPES:
+      raise InputError(f"CacheConfig: dtype is {jnp.dtype(self.dtype).name}; give one of {', '.join(_DTYPES)}")
+    if self.num_heads is not None and self.num_heads % self.num_kv_heads:
+      raise InputError(
+          f"CacheConfig: {self.num_heads} query heads (num_heads) cannot share {self.num_kv_heads} KV heads evenly")
 
   @property
   def query_dtype(self) -> jnp.dtype:
@@ -90,7 +97,8 @@ class CacheState:
     * live ids + the free stack + {0} are all ids 0..N-1, each once;
     * table entry m of a head is live exactly when m < ceil(length / P); others are 0;
     * the positions held by a head are distinct and below num_tokens of its slot;
-    * scores of held KVs are finite and not negative.
+    * scores of held KVs are finite and not negative;
+    * a waiting query is finite, and its log_sum finite; +inf where none waits.
 
   Decode attention knows a query's probabilities only at its end, so they are added
   to the scores at the sequence's next step: `queries` and `log_sums` wait for it.
@@ -148,22 +156,22 @@ class CacheState:
     return self.kv.shape[2]
 
 
-def init_cache(config: CacheConfig, kv_scales: jax.Array | None = None) -> CacheState:
+def init_cache(config: CacheConfig, kv_scales: jax.Array | np.ndarray | None = None) -> CacheState:
   """An empty cache: every block but the null block is free.
 
   Args:
     config: its shape.
     kv_scales: f32 [L, H, 2] of keys and values, for an FP8 pool; 1 by default
-      (cache/quantize.py finds better ones).
+      (engine/calibrate.py finds better ones).
+
+  Raises:
+    InputError: scales that do not fit the config.
   """
   n, p = config.num_blocks, config.block_size
   rows = (config.num_layers, config.num_slots)
   heads = (*rows, config.num_kv_heads)
   observes = config.num_heads is not None
-  if jnp.dtype(config.dtype).itemsize > 1:
-    kv_scales = None
-  elif kv_scales is None:
-    kv_scales = jnp.ones((config.num_layers, config.num_kv_heads, 2), jnp.float32)
+  kv_scales = _checked_scales(config, kv_scales)
   return CacheState(
       kv=jnp.zeros((n, 2, p, config.head_dim), config.dtype),
       scores=jnp.zeros((n, p), jnp.float32),
@@ -178,6 +186,18 @@ def init_cache(config: CacheConfig, kv_scales: jax.Array | None = None) -> Cache
       log_sums=jnp.full((*rows, config.num_heads), jnp.inf, jnp.float32) if observes else None,
       kv_scales=None if kv_scales is None else jnp.asarray(kv_scales, jnp.float32),
   )
+
+
+def _checked_scales(config: CacheConfig, scales: jax.Array | np.ndarray | None) -> np.ndarray | None:
+  shape = (config.num_layers, config.num_kv_heads, 2)
+  if jnp.dtype(config.dtype).itemsize > 1:
+    if scales is not None:
+      raise InputError(f"init_cache: kv_scales are for an FP8 cache, but this one is {jnp.dtype(config.dtype).name}")
+    return None
+  scales = np.ones(shape, np.float32) if scales is None else np.asarray(scales, np.float32)
+  if scales.shape != shape or not (np.isfinite(scales) & (scales > 0)).all():
+    raise InputError(f"init_cache: kv_scales must be {list(shape)} positive numbers, for keys and values of each head")
+  return scales
 
 
 def check_invariants(state: CacheState) -> None:
@@ -197,6 +217,11 @@ def check_invariants(state: CacheState) -> None:
   assert len(ids) == n, f"{len(ids)} live, free and null blocks, but the pool has {n}"
   assert (np.sort(ids) == np.arange(n)).all(), "a block is held twice, or lost"
   _check_kvs(state, tables, lengths)
+  if state.queries is not None and state.log_sums is not None:
+    log_sums = np.asarray(state.log_sums)
+    assert (np.isfinite(log_sums) | (log_sums == np.inf)).all(), "a waiting query's log_sum is NaN or -inf"
+    assert np.isfinite(np.asarray(state.queries, np.float32)).all(), "a waiting query is not finite"
+    assert (log_sums[:, np.asarray(state.num_tokens) == 0] == np.inf).all(), "a query waits in an empty slot"
 
 
 def _check_kvs(state: CacheState, tables: np.ndarray, lengths: np.ndarray) -> None:

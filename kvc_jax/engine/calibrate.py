@@ -34,4 +34,4 @@ def kv_scales(model: Llama, tokens: Int[Array, " tokens"]) -> Float[Array, "laye
   positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
   largest = jnp.zeros((config.num_layers, config.num_kv_heads, 2), jnp.float32)
   _, largest = model(tokens, positions, attend, largest)
-  return jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) * (_MARGIN / LARGEST)
+  return jnp.where(largest > 0, largest, 1.0) * (_MARGIN / LARGEST)  # a head may be all zeros

@@ -82,19 +82,21 @@ class LLM:
     Raises:
       InputError: a missing or broken model folder, or sizes that do not fit.
     """
-    shape = LlamaConfig.from_folder(model)  # the quickest check comes first
+    # The quickest checks come first: loading can take minutes.
+    if block_size < 1 or block_size & (block_size - 1):
+      raise InputError(f"block_size is {block_size}; give a power of two, such as 16")
+    if chunk_size < 1 or max_num_seqs < 1:
+      raise InputError(f"chunk_size is {chunk_size} and max_num_seqs {max_num_seqs}; both must be at least 1")
+    _check_choices(kv_cache_dtype)
+    shape = LlamaConfig.from_folder(model)
     self.tokenizer = Tokenizer.from_folder(model)
     self._model = load_model(model, dtype=dtype, progress=progress)
     if backends.device_capability() is not None:
       self._model = unstack_layers(self._model)
     self.max_model_len = _context(max_model_len, shape.max_position_embeddings)
-    if block_size < 1 or block_size & (block_size - 1):
-      raise InputError(f"block_size is {block_size}; give a power of two, such as 16")
-    if chunk_size < 1 or max_num_seqs < 1:
-      raise InputError(f"chunk_size is {chunk_size} and max_num_seqs {max_num_seqs}; both must be at least 1")
     self.config = _cache_config(
         self._model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes,
-        _kv_dtype(kv_cache_dtype, self._model))
+        FP8 if kv_cache_dtype == "fp8" else self._model.embed.embedding[...].dtype)
     scales = _calibrated(self._model, self.max_model_len) if kv_cache_dtype == "fp8" else None
     self._batch = Batch(self._model, self.config, min(chunk_size, self.max_model_len), scales)
     self._eos_ids = self.tokenizer.eos_ids | frozenset(shape.eos_token_ids)
@@ -360,10 +362,13 @@ def _context(asked: int | None, own: int) -> int:
   return asked or own
 
 
-def _kv_dtype(asked: str, model: Llama) -> DTypeLike:
-  if asked not in ("auto", "fp8"):
-    raise InputError(f"kv_cache_dtype is {asked!r}; give 'auto' or 'fp8'")
-  return FP8 if asked == "fp8" else model.embed.embedding[...].dtype
+def _check_choices(kv_cache_dtype: str) -> None:
+  if kv_cache_dtype not in ("auto", "fp8"):
+    raise InputError(f"kv_cache_dtype is {kv_cache_dtype!r}; give 'auto' or 'fp8'")
+  try:
+    backends.requested()
+  except ValueError as e:
+    raise InputError(str(e)) from None
 
 
 def _calibrated(model: Llama, max_model_len: int) -> jax.Array:

@@ -80,7 +80,7 @@ def decode_step(
     *,
     rule: ScoringRule | None,
 ) -> tuple[jax.Array, jax.Array, CacheState]:
-  """Runs one token of every active slot.
+  """Runs one token of every active slot. An outermost jit: it carries compiler options.
 
   Args:
     model: the model.

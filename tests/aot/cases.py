@@ -22,7 +22,7 @@ from kvc_jax.kernels.paged_decode import paged_decode
 from kvc_jax.kernels.paged_prefill import paged_prefill
 from kvc_jax.model.llama import abstract_llama
 
-POOL_BYTES = 1 << 30
+POOL_BYTES = 5 << 30
 _LAYERS, _SEQS, _HEADS, _BLOCKS_PER_HEAD, _QUERIES = 4, 8, 2, 64, 256
 _GROUPS = (1, 3, 4, 8, 16)
 _WITH_QUERIES = {"paged_decode", "paged_prefill", "column_scores"}

@@ -143,6 +143,18 @@ def test_a_released_or_prolonged_sequence_forgets_its_query():
   assert np.isinf(longer.log_sums).all()
 
 
+def test_a_broken_query_does_not_outlive_its_sequence():
+  rule = FullAttention(power=1, buffer=0)
+  _, state = _prefill(_random_qkv(2, 20), 32, rule)
+  q, k, v = _random_qkv(3, CONFIG.num_slots)
+  state = release(_decode(state, (q * np.nan, k, v), rule), jnp.array([SLOT]))
+  state, _ = allocate(state, jnp.array([SLOT]), jnp.array([4]), max_count=4)
+  state = dataclasses.replace(state, kv=jnp.zeros_like(state.kv))
+  for seed in (4, 5):
+    state = _decode(state, _random_qkv(seed, CONFIG.num_slots), rule)
+  assert np.isfinite(_scores(state)).all()
+
+
 def test_a_cache_without_query_heads_cannot_score():
   state = init_cache(dataclasses.replace(CONFIG, num_heads=None))
   with pytest.raises(ValueError, match="num_heads"):

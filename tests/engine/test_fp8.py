@@ -1,5 +1,6 @@
 """FP8 blocks: how near they come to full precision, and what they save."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -99,6 +100,15 @@ def test_calibrated_scales_put_the_range_at_half_of_e4m3():
   np.testing.assert_allclose(scales[0], np.stack(seen[0], axis=1) * 2 / 448, rtol=1e-5)  # the first layer's inputs
 
 
+def test_a_head_without_values_gets_a_scale_all_the_same():
+  llm = LLM(STORIES, max_num_seqs=1)
+  weights = llm._model.layers.attention.v_proj.kernel
+  weights[...] = weights[...].at[0].set(0.0)
+  scales = np.asarray(kv_scales(llm._model, jnp.arange(1, 50, dtype=jnp.int32)))
+  assert (scales > 0).all()
+  assert np.isfinite(scales).all()
+
+
 def test_llm_with_an_fp8_cache():
   """Half the bytes of a bf16 cache, and next to the same logits: the text stays the story for a while."""
   greedy = SamplingParams(temperature=0, max_tokens=24)
@@ -111,6 +121,23 @@ def test_llm_with_an_fp8_cache():
   assert all(same[:8])
   (compressed,) = small.generate("Once upon a time" * 20, greedy, Compression(rate=4, window=4))
   assert compressed.receipt.rate_reached > 1.5
+
+
+@pytest.mark.parametrize(("dtype", "scales", "message"), [
+    (jnp.bfloat16, np.ones((2, 2, 2)), "this one is bfloat16"),
+    (FP8, np.ones((2,)), "must be"),
+    (FP8, np.zeros((2, 2, 2)), "positive"),
+])
+def test_scales_that_do_not_fit_are_refused(dtype, scales, message):
+  with pytest.raises(InputError, match=message):
+    init_cache(_config(dtype), scales)
+
+
+def test_pools_of_other_dtypes_are_refused():
+  with pytest.raises(InputError, match="dtype is int8; give one of"):
+    _config(jnp.int8)
+  with pytest.raises(InputError, match="3 query heads"):
+    dataclasses.replace(_config(FP8), num_heads=3)
 
 
 def test_unknown_cache_dtype():
