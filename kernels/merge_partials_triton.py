@@ -1,92 +1,54 @@
-"""The merge of partial decode outputs as a kernel of its own, for `paged_decode_mosaic`."""
+"""The merge of partial decode results as a kernel of its own, for interpret mode of `paged_decode_mosaic`.
+
+On a GPU the last CTA to arrive at a pair merges it; interpret mode knows no semaphores.
+"""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
-from kvc_jax.kernels.paged_decode_triton import _both, _columns
-
-_LOG2E = math.log2(math.e)
+from kvc_jax.kernels import paged_decode_triton as triton
 
 
-def merge(plan, partials, walk, q, observed, *, interpret):
-  """Output [S, H*G, D] from the partial ones; and `observed` with the new queries."""
+def merge(plan, partials, walk, q, observed):
+  """Output [S, H*G, D] from the partial results; and `observed` with the new queries."""
   layer, _, _, packed = walk
-  rows = plan.pairs * plan.group
-  shapes = [jax.ShapeDtypeStruct((rows + plan.padded_group - plan.group, plan.head_dim), plan.out_dtype)]
-  inputs, aliases = [*partials, layer, packed], {}
+  queries = q.reshape(-1, plan.head_dim)
+  inputs = {"q": queries, "layer": layer, "plan": packed,
+            **dict(zip(("partial_out", "partial_top", "partial_sum"), partials, strict=True))}
+  outputs = {"out": jax.ShapeDtypeStruct((len(queries) + plan.padded_group - plan.group, plan.head_dim), q.dtype)}
   if observed is not None:
-    shapes += [jax.ShapeDtypeStruct((observed.queries.size // plan.head_dim, plan.head_dim), observed.queries.dtype),
-               jax.ShapeDtypeStruct((observed.log_sums.size,), jnp.float32)]
-    inputs += [q.reshape(-1, plan.head_dim), observed.queries.reshape(-1, plan.head_dim), observed.log_sums.reshape(-1)]
-    aliases = {len(inputs) - 2: 1, len(inputs) - 1: 2}
-  out, *new = pl.pallas_call(
-      functools.partial(_merge_kernel, plan=plan), out_shape=shapes, grid=(plan.pairs,), interpret=interpret,
-      input_output_aliases=aliases, name="paged_decode_merge",
-      compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-  )(*inputs)
+    kept = {"queries": observed.queries.reshape(-1, plan.head_dim), "log_sums": observed.log_sums.reshape(-1)}
+    inputs |= kept
+    outputs |= kept
+  read, written = tuple(inputs), tuple(outputs)
+  results = pl.pallas_call(
+      functools.partial(_merge_kernel, plan=plan, names=(read, written)), grid=(plan.pairs,), interpret=True,
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
+      input_output_aliases={read.index(name): written.index(name) for name in written if name in inputs},
+  )(*inputs.values())
+  found = dict(zip(written, results, strict=True))
   if observed is not None:
-    queries, log_sums = new
     observed = observed._replace(
-        queries=queries.reshape(observed.queries.shape), log_sums=log_sums.reshape(observed.log_sums.shape))
-  return out[:rows].reshape(q.shape), observed
+        **{name: found[name].reshape(getattr(observed, name).shape) for name in ("queries", "log_sums")})
+  return found["out"][: len(queries)].reshape(q.shape), observed
 
 
-def _merge_kernel(out_ref, top_ref, sum_ref, layer_ref, plan_ref, *refs, plan):
-  """One pair: merges its partial outputs, several at a time."""
-  group, padded = plan.group, plan.padded_group
-  pair = pl.program_id(0)
-  layer = layer_ref[0]
-  at_once = max(1, min(8, 4096 // (padded * plan.padded_dim)))
-  first, stop = plan.row(plan_ref, layer, plan.config.ctas).ctas_of(pair)
-  cols, real_cols = _columns(plan)
-  head = jnp.arange(padded, dtype=jnp.int32)
+def _merge_kernel(*refs, plan, names):
+  """One pair; zeros where it holds nothing."""
+  read, written = names
+  ref = dict(zip(read, refs, strict=False)) | dict(zip(written, refs[len(read):], strict=True))
+  pair, layer = pl.program_id(0), ref["layer"][0]
+  first, stop = plan.row(ref["plan"], layer, plan.config.ctas).ctas_of(pair)
 
-  def body(step, carry):
-    acc, top, total = carry
-    cta = first + step * at_once + jnp.arange(at_once, dtype=jnp.int32)
-    live = (cta < stop)[:, None] & (head < group)[None, :]
-    rows = jnp.where(live, (cta[:, None] + pair) * group + head[None, :], 0)
-    tops = plt.load(top_ref.at[rows], mask=live, other=-jnp.inf)
-    sums = plt.load(sum_ref.at[rows], mask=live, other=0.0)
-    mask = live[..., None] if real_cols is None else live[..., None] & real_cols[None, None]
-    parts = plt.load(out_ref.at[rows[..., None], cols[None, None]],
-                     mask=jnp.broadcast_to(mask, (*rows.shape, plan.padded_dim)), other=0.0)
-    new_top = jnp.maximum(top, jnp.max(tops, axis=0))
-    safe = jnp.where(new_top > -jnp.inf, new_top, 0.0)  # rows of a padded group see nothing
-    shares = jnp.exp2(tops - safe[None])  # [slots, G]
-    decay = jnp.exp2(top - safe)
-    acc = acc * decay[:, None] + jnp.sum(parts * shares[..., None], axis=0)
-    return acc, new_top, total * decay + jnp.sum(sums * shares, axis=0)
+  @pl.when(stop > first)
+  def _():
+    triton._merge_pair(plan, ref, layer, pair, first, stop)
 
-  steps = lax.div(stop - first + (at_once - 1), jnp.int32(at_once))
-  acc, top, total = lax.fori_loop(0, steps, body, (
-      jnp.zeros((padded, plan.padded_dim), jnp.float32),
-      jnp.full((padded,), -jnp.inf, jnp.float32), jnp.zeros((padded,), jnp.float32)))
-  some = total > 0
-  out = acc / jnp.where(some, total, 1.0)[:, None]
-  # Rows of a padded group are written behind the end.
-  rows = jnp.where(head < group, pair * group, plan.pairs * group - group) + head
-  mask = jnp.broadcast_to(_both(head < group, real_cols), out.shape)
-  if plan.observes:
-    q_ref, _, _, merged_ref, queries_ref, log_sums_ref = refs
-    _observe(plan, pair, layer, head, cols, mask & some[:, None], some, top, total, q_ref, queries_ref, log_sums_ref)
-  else:
-    (merged_ref,) = refs
-  plt.store(merged_ref.at[rows[:, None], cols[None, :]], out.astype(merged_ref.dtype), mask=mask)
-
-
-def _observe(plan, pair, layer, head, cols, mask, some, top, total, q_ref, queries_ref, log_sums_ref):
-  """Leaves the pair's queries and their log-sum-exp for the next step; a pair that holds nothing keeps the old."""
-  real = (head < plan.group) & some
-  source = pair * plan.group + jnp.where(real, head, 0)
-  target = (layer * plan.pairs + pair) * plan.group + head
-  queries = plt.load(q_ref.at[source[:, None], cols[None, :]], mask=mask, other=0.0)
-  plt.store(queries_ref.at[target[:, None], cols[None, :]], queries.astype(queries_ref.dtype), mask=mask)
-  log_sum = (top + jnp.log2(jnp.where(some, total, 1.0))) / _LOG2E
-  plt.store(log_sums_ref.at[target], log_sum, mask=real)
+  @pl.when(stop == first)
+  def _():
+    cols, real_cols = triton._columns(plan)
+    triton._store_output(plan, ref["out"], pair, jnp.arange(plan.padded_group, dtype=jnp.int32), cols, real_cols,
+                         jnp.zeros((plan.padded_group, plan.padded_dim), jnp.float32))

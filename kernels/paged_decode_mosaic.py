@@ -98,7 +98,7 @@ def paged_decode(
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   results, observed = _attend(plan, q, kv, walk, observed, fused=not interpret, interpret=interpret)
   if interpret:  # it knows no semaphores
-    return merge_partials_triton.merge(plan, results, walk, q, observed, interpret=True)
+    return merge_partials_triton.merge(plan, results, walk, q, observed)
   out, *_ = results
   return out.reshape(q.shape), observed
 
