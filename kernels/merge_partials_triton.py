@@ -41,7 +41,7 @@ def _merge_kernel(*refs, plan, names):
   read, written = names
   ref = dict(zip(read, refs, strict=False)) | dict(zip(written, refs[len(read):], strict=True))
   pair, layer = pl.program_id(0), ref["layer"][0]
-  first, stop = plan.row(ref["plan"], layer, plan.config.ctas).ctas_of(pair)
+  first, stop = plan.row(ref["plan"], layer).ctas_of(pair)
 
   @pl.when(stop > first)
   def _():

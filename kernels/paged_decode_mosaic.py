@@ -44,16 +44,12 @@ class Config:
   Attributes:
     tile: KVs per step, a multiple of 64 and of the block size.
     stages: tiles in the ring.
-    waves: CTAs and their part of the work; see stream_k.schedule.
+    ctas: CTAs that share the work.
   """
 
   tile: int = 64
   stages: int
-  waves: tuple[tuple[int, float], ...]
-
-  @property
-  def ctas(self) -> int:
-    return sum(ctas for ctas, _ in self.waves)
+  ctas: int
 
 
 _SHARED_BYTES = 227 * 1024
@@ -73,7 +69,7 @@ def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config
     stages = (_SHARED_BYTES // ctas - (ctas - 1) * 1024 - fixed) // stage
     if stages >= 2:
       break
-  return Config(tile=tile, stages=min(stages, 6), waves=((ctas * cores, 1.0),))
+  return Config(tile=tile, stages=min(stages, 6), ctas=ctas * cores)
 
 
 def paged_decode(
@@ -94,7 +90,7 @@ def paged_decode(
   columns = _columns(q.shape[1] // tables.shape[2], observed is not None)
   config = config or default_config(kv, columns)
   plan = triton._Plan.of(q, kv, tables, config, observed, scale, power, buffer)
-  packed = stream_k.schedule(lengths, tile=config.tile, waves=config.waves)
+  packed = stream_k.schedule(lengths, tile=config.tile, ctas=config.ctas)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   results, observed = _attend(plan, q, kv, walk, observed, fused=not interpret, interpret=interpret)
   if interpret:  # it knows no semaphores
@@ -234,7 +230,7 @@ def _attend_kernel(*args, plan, fused):
   *given, smem = args
   refs = dict(zip(names, given, strict=True))
   layer = refs["layer"][0]
-  cta = _Cta(plan, plan.row(refs["plan"], layer, plan.config.ctas), layer, lax.axis_index("cta"), refs, smem,
+  cta = _Cta(plan, plan.row(refs["plan"], layer), layer, lax.axis_index("cta"), refs, smem,
              pl.get_global(plgpu.SemaphoreType.REGULAR((plan.pairs,))) if fused else None)
   warpgroup = lax.axis_index("warpgroup")
   pl.when(warpgroup == 0)(lambda: _consume(cta))

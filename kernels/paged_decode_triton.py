@@ -37,17 +37,13 @@ class Config:
     tile: KVs per step, a power of two.
     num_warps: of a CTA.
     num_stages: Triton's; loads behind the table's load keep (num_stages - 1) // 2 tiles in flight.
-    waves: CTAs and their part of the work; see stream_k.schedule.
+    ctas: CTAs that share the work.
   """
 
   tile: int
   num_warps: int = 4
   num_stages: int
-  waves: tuple[tuple[int, float], ...]
-
-  @property
-  def ctas(self) -> int:
-    return sum(ctas for ctas, _ in self.waves)
+  ctas: int
 
 
 _CTAS_PER_CORE = {(8, 0): 2, (8, 6): 1, (8, 7): 2, (8, 9): 1, (12, 0): 1}
@@ -65,7 +61,7 @@ def default_config(kv: jax.ShapeDtypeStruct | jax.Array, pairs: int) -> Config:
   # All CTAs have to fit on the GPU at once, or the last ones run alone: 74 KiB of shared memory each.
   fit = _CTAS_PER_CORE.get(backends.target_capability() or (9, 0), 3)
   # Few pairs make short shares: fewer CTAs then leave fewer partial results.
-  return Config(tile=tile, num_stages=5, waves=((min(fit, 3 if pairs >= 2 * cores else 2) * cores, 1.0),))
+  return Config(tile=tile, num_stages=5, ctas=min(fit, 3 if pairs >= 2 * cores else 2) * cores)
 
 
 def paged_decode(
@@ -86,7 +82,7 @@ def paged_decode(
   _, seqs, heads, _ = tables.shape
   config = config or default_config(kv, seqs * heads)
   plan = _Plan.of(q, kv, tables, config, observed, scale, power, buffer)
-  packed = stream_k.schedule(lengths, tile=config.tile, waves=config.waves)
+  packed = stream_k.schedule(lengths, tile=config.tile, ctas=config.ctas)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   return _attend(plan, q, kv, walk, observed, interpret=interpret)
 
@@ -145,8 +141,8 @@ class _Plan:
     """1, or 2 where words of two e4m3 numbers are read: the even and the odd dimensions."""
     return 2 if self.packed else 1
 
-  def row(self, ref, layer, ctas) -> stream_k.Row:
-    return stream_k.Row(ref, layer, self.pairs, ctas)
+  def row(self, ref, layer) -> stream_k.Row:
+    return stream_k.Row(ref, layer, self.pairs, self.config.ctas)
 
 
 def _columns(plan):
@@ -238,7 +234,7 @@ def _attend_kernel(*refs, plan, names, interpret):
   group, tile, parts = plan.group, plan.config.tile, plan.dim_parts
   cta = pl.program_id(0)
   layer = ref["layer"][0]
-  row = plan.row(ref["plan"], layer, plan.config.ctas)
+  row = plan.row(ref["plan"], layer)
   first, stop, low, high = row.cta(cta)
   head = jnp.arange(plan.rows, dtype=jnp.int32)
   real = head < group

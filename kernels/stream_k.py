@@ -13,7 +13,6 @@ slots are enough: no list of partial results is needed.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,28 +27,27 @@ def row_size(pairs: int, ctas: int) -> int:
   return _CTA_FIELDS * ctas + _PAIR_FIELDS * pairs + pairs + 1
 
 
-def schedule(
-    lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, waves: Sequence[tuple[int, float]]
-) -> Int[Array, " packed"]:
+def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: int) -> Int[Array, " packed"]:
   """Plans every layer at once: i32 [L * row_size], to be read through `Row`.
 
   One packed array, because XLA copies every slice that feeds a kernel. It depends
-  on the lengths alone, so XLA computes it once, outside a scan over layers.
+  on the lengths alone, so layers that are written out share one; under a scan XLA's
+  GPU compiler leaves it in the loop.
 
   Args:
     lengths: i32 [L, S, H] KVs of each head.
     tile: KVs per tile.
-    waves: (CTAs, part of the work) of each wave; the last takes what is left. A GPU
-      starts CTAs in order and its multiprocessors are not equally near to memory:
-      a first wave that fills the machine with most of the work, and smaller shares
-      behind it for those that are done first, lets all end together.
+    ctas: CTAs that share the work, all of them on the GPU at once. Smaller shares
+      behind a first wave, for multiprocessors that are done early, gained nothing.
   """
   layers, seqs, heads = lengths.shape
   tiles = (lengths.reshape(layers, seqs * heads) + (tile - 1)) // tile
   ends = jnp.cumsum(tiles, axis=1, dtype=jnp.int32)
   starts = ends - tiles
   total = ends[:, -1:]
-  low, high = _shares(total, waves)  # [L, ctas]
+  share = jnp.maximum((total + (ctas - 1)) // ctas, 1)  # only the very last CTAs may have nothing
+  low = jnp.minimum(jnp.arange(ctas, dtype=jnp.int32) * share, total)  # [L, ctas]
+  high = jnp.minimum(low + share, total)
   first_pair = jnp.sum(ends[:, None] <= low[..., None], axis=2, dtype=jnp.int32)
   stop_pair = jnp.sum(starts[:, None] < high[..., None], axis=2, dtype=jnp.int32)
   # A CTA without work walks no pair.
@@ -61,20 +59,6 @@ def schedule(
       [records.reshape(layers, -1), workers.reshape(layers, -1), jnp.zeros_like(total), ends], axis=1).reshape(-1)
 
 
-def _shares(total: Array, waves: Sequence[tuple[int, float]]) -> tuple[Array, Array]:
-  """First tile of each CTA, and one past its last, i32 [L, ctas]; total [L, 1]."""
-  bounds, done = [], jnp.zeros_like(total)
-  for wave, (ctas, part) in enumerate(waves):
-    left = total - done
-    work = left if wave == len(waves) - 1 else jnp.minimum((total * part).astype(jnp.int32), left)
-    share = jnp.maximum((work + (ctas - 1)) // ctas, 1)  # only the very last CTAs may have nothing
-    low = jnp.minimum(done + jnp.arange(ctas, dtype=jnp.int32) * share, total)
-    bounds.append((low, jnp.minimum(low + share, total)))
-    done = jnp.minimum(done + ctas * share, total)
-  low, high = (jnp.concatenate(side, axis=1) for side in zip(*bounds, strict=True))
-  return low, high
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
   """One layer's plan as a kernel reads it.
@@ -83,7 +67,7 @@ class Row:
     ref: the packed array.
     layer: i32 [].
     pairs: S*H.
-    ctas: of all waves.
+    ctas: as given to `schedule`.
   """
 
   ref: Any

@@ -16,7 +16,7 @@ from decode_problems import (
 from kvc_jax.kernels import paged_decode_mosaic
 
 SCALE = 0.2
-SMALL = paged_decode_mosaic.Config(stages=2, waves=((3, 1.0),))
+SMALL = paged_decode_mosaic.Config(stages=2, ctas=3)
 TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3}
 
 
@@ -53,7 +53,7 @@ def test_scores(power, buffer, group):
 
 def test_tiles_of_128_and_uneven_shares():
   problem = _problem(2, 64, 16, jnp.bfloat16, max_tokens=256)
-  config = paged_decode_mosaic.Config(tile=128, stages=3, waves=((2, 0.7), (3, 0.3)))
+  config = paged_decode_mosaic.Config(tile=128, stages=3, ctas=5)
   out, _ = _interpret(problem, 1, config=config)
   assert output_error(out, expected_output(problem, 1, SCALE)) < TOLERANCES["bfloat16"]
 
