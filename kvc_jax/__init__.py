@@ -18,6 +18,8 @@ if TYPE_CHECKING:
   from kvc_jax.attention.decode import decode_attention
   from kvc_jax.attention.prefill import Observation, init_observation, prefill_attention, score_observed
   from kvc_jax.cache.alloc import allocate, release
+  from kvc_jax.cache.sequence_file import SavedSequence, load_sequence, save_sequence
+  from kvc_jax.cache.snapshot import SequenceSnapshot, export_sequence, import_sequence
   from kvc_jax.cache.state import CacheConfig, CacheState, check_invariants, init_cache
   from kvc_jax.cache.write import write
   from kvc_jax.checkpoint.convert import convert
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
   from kvc_jax.eviction.score_random import RandomScore
   from kvc_jax.eviction.score_window import WindowAttention
   from kvc_jax.eviction.step import Eviction, evict
+  from kvc_jax.model.fingerprint import fingerprint
   from kvc_jax.model.llama import Llama
 
 __version__ = "0.1.0"
@@ -55,6 +58,13 @@ _HOMES = {
     "allocate": "cache.alloc",
     "release": "cache.alloc",
     "write": "cache.write",
+    "SequenceSnapshot": "cache.snapshot",
+    "export_sequence": "cache.snapshot",
+    "import_sequence": "cache.snapshot",
+    "SavedSequence": "cache.sequence_file",
+    "save_sequence": "cache.sequence_file",
+    "load_sequence": "cache.sequence_file",
+    "fingerprint": "model.fingerprint",
     "Observation": "attention.prefill",
     "init_observation": "attention.prefill",
     "prefill_attention": "attention.prefill",
@@ -87,7 +97,9 @@ __all__ = [
     "RequestOutput",
     "RopeConfig",
     "SamplingParams",
+    "SavedSequence",
     "ScoringRule",
+    "SequenceSnapshot",
     "StreamChunk",
     "WindowAttention",
     "allocate",
@@ -95,11 +107,16 @@ __all__ = [
     "convert",
     "decode_attention",
     "evict",
+    "export_sequence",
+    "fingerprint",
+    "import_sequence",
     "init_cache",
     "init_observation",
     "load_model",
+    "load_sequence",
     "prefill_attention",
     "release",
+    "save_sequence",
     "score_observed",
     "write",
 ]

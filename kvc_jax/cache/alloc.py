@@ -59,7 +59,7 @@ def allocate(
   per_sequence = jnp.sum(need, axis=(0, 2))
   ok = fits & ((jnp.cumsum(per_sequence) <= state.free_count) | (per_sequence == 0))
   counts = jnp.where(ok, counts, 0)
-  state = _pop_blocks(state, slots, old, jnp.where(ok[:, None], need, 0), -(-max_count // p))
+  state = pop_blocks(state, slots, old, jnp.where(ok[:, None], need, 0), -(-max_count // p))
   first_position = state.num_tokens[jnp.minimum(slots, state.num_slots - 1)]
   state = dataclasses.replace(
       state,
@@ -81,7 +81,7 @@ def _forget_queries(state: CacheState, slots: Array) -> CacheState:
   )
 
 
-def _pop_blocks(state: CacheState, slots: Array, old: Array, need: Array, max_need: int) -> CacheState:
+def pop_blocks(state: CacheState, slots: Array, old: Array, need: Array, max_need: int) -> CacheState:
   """Moves `need` [L, B, H] blocks from the free stack behind each head's last block."""
   layers, _, heads = old.shape
   rank = jnp.cumsum(need.reshape(-1)).reshape(need.shape) - need
