@@ -207,13 +207,15 @@ def _groups(num_layers: int, kv_heads: int, allocation: str) -> list[list[tuple[
   raise ValueError(f"unknown allocation {allocation!r}")
 
 
-def _evictable(held: Held, *, num_tokens: int, window: int, sinks: int) -> Held:
+def _evictable(held: Held, *, num_tokens: int, window: int, sinks: int, keep: Sequence[tuple[int, int]]) -> Held:
   """The KVs that are not protected, in the order in which they would go.
 
-  Rule: protected are position >= num_tokens - window and position < sinks. Lowest
-  score first; between equal scores the lower position is evicted first.
+  Rule: protected are position >= num_tokens - window, position < sinks and start <=
+  position < end for each range to keep. Lowest score first; between equal scores the
+  lower position is evicted first.
   """
-  free = [(p, s) for p, s in held if not (p >= num_tokens - window or p < sinks)]
+  kept = {position for start, end in keep for position in range(start, end)}
+  free = [(p, s) for p, s in held if not (p >= num_tokens - window or p < sinks or p in kept)]
   return sorted(free, key=lambda kv: (kv[1], kv[0]))
 
 
@@ -259,7 +261,7 @@ def _choose_blocks(costs: list[list[float]], excess: int) -> list[int]:
 
 
 def evict(
-    heads: Sequence[Sequence[Held]], *, num_tokens, window, sinks, block_size, allowed, allocation,
+    heads: Sequence[Sequence[Held]], *, num_tokens, window, sinks, block_size, allowed, allocation, keep=(),
 ) -> tuple[list[list[Held]], list[list[int]]]:
   """One compression of one sequence.
 
@@ -276,12 +278,13 @@ def evict(
     block_size: P.
     allowed: C tokens; ceil(C / P) blocks per head may stay.
     allocation: "all", "layer" or "head": over what the blocks are pooled.
+    keep: (start, end) of positions that are protected as well.
 
   Returns:
     kept [L][H], lists of (position, score) by position; freed blocks [L][H].
   """
   num_layers, kv_heads = len(heads), len(heads[0])
-  evictable = [[_evictable(held, num_tokens=num_tokens, window=window, sinks=sinks) for held in layer]
+  evictable = [[_evictable(held, num_tokens=num_tokens, window=window, sinks=sinks, keep=keep) for held in layer]
                for layer in heads]
   freed = [[0] * kv_heads for _ in range(num_layers)]
   for group in _groups(num_layers, kv_heads, allocation):

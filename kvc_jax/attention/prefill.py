@@ -88,7 +88,7 @@ def prefill_attention(
     sums = column_scores(
         q, log_sums, query_positions, state.kv, state.positions, state.tables, state.lengths, layer, slot,
         scale=scale, power=rule.power, buffer=rule.buffer)
-    state = _add_scores(state, layer, slot, jnp.sum(sums, axis=1))
+    state = _put_scores(state, layer, slot, jnp.sum(sums, axis=1), add=True)
   if rule is not None and rule.observed == "last":
     observation = _observe(observation, layer, q, log_sums, count)
   return scale_output(state, layer, out), state, observation
@@ -100,8 +100,10 @@ def score_observed(
   """Scores the KVs of `slot` with the observed queries; call it after the last chunk.
 
   Per query head: probabilities to the power, summed over the queries, max-pooled
-  along keys; then summed over the G query heads (KV-Compress, KVC-w). A rule
-  that does not observe the last queries leaves the state as it is.
+  along keys in the order of their positions; then summed over the G query heads
+  (KV-Compress, KVC-w). Scores from before are replaced, so that a prompt may be
+  scored, compressed and carried on in turns. A rule that does not observe the last
+  queries leaves the state as it is.
   """
   if rule.observed != "last":
     return state
@@ -114,7 +116,8 @@ def score_observed(
         observation.queries[layer], observation.log_sums[layer], query_positions,
         state.kv, state.positions, state.tables, state.lengths, layer, slot,
         scale=scale, power=rule.power, buffer=rule.buffer)
-    return _add_scores(state, layer, slot, jnp.sum(_max_pool(sums, rule.pooling), axis=1))
+    pooled = _pool_neighbours(state, layer, slot, sums, rule.pooling)
+    return _put_scores(state, layer, slot, jnp.sum(pooled, axis=1), add=False)
 
   return lax.fori_loop(0, state.num_layers, body, state)
 
@@ -129,14 +132,30 @@ def _observe(observation: Observation, layer, q, log_sums, count) -> Observation
   return Observation(push(observation.queries, q), push(observation.log_sums, log_sums))
 
 
+def _pool_neighbours(state: CacheState, layer, slot, sums: jax.Array, width: int) -> jax.Array:
+  """Max-pools sums [H, G, M*P]; neighbours are those by position, wherever evictions have moved them."""
+  if width == 1:
+    return sums
+
+  def by_position() -> jax.Array:
+    held = jnp.arange(sums.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
+    positions = state.positions[state.tables[layer, slot]].reshape(held.shape)
+    order = jnp.argsort(jnp.where(held, positions, jnp.iinfo(jnp.int32).max), axis=-1)[:, None]
+    pooled = _max_pool(jnp.take_along_axis(sums, order, axis=-1), width)
+    return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
+
+  in_order = jnp.all(state.lengths[layer, slot] == state.num_tokens[slot])  # nothing was ever evicted
+  return lax.cond(in_order, lambda: _max_pool(sums, width), by_position)
+
+
 def _max_pool(sums: jax.Array, width: int) -> jax.Array:
   """Maximum over `width` neighbours along the last axis; sums are not negative."""
   window = (*(1 for _ in sums.shape[:-1]), width)
   return lax.reduce_window(sums, 0.0, lax.max, window, (1,) * sums.ndim, "SAME")
 
 
-def _add_scores(state: CacheState, layer, slot, gain: jax.Array) -> CacheState:
-  """Adds gain [H, M*P], in the order of each head's list, to the pool's scores."""
+def _put_scores(state: CacheState, layer, slot, gain: jax.Array, *, add: bool) -> CacheState:
+  """Adds gain [H, M*P], in the order of each head's list, to the pool's scores, or puts it in their place."""
   heads, columns = state.tables.shape[2:]
   held = jnp.arange(gain.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
   gain = jnp.where(held, gain, 0.0).reshape(heads, columns, state.block_size)
@@ -144,5 +163,6 @@ def _add_scores(state: CacheState, layer, slot, gain: jax.Array) -> CacheState:
   # block would be one long queue of atomic additions.
   entry = jnp.arange(heads * columns, dtype=jnp.int32).reshape(heads, columns)
   blocks = jnp.where(held[:, :: state.block_size], state.tables[layer, slot], state.num_blocks + entry)
-  scores = state.scores.at[blocks].add(gain, mode="drop", unique_indices=True)
+  places = state.scores.at[blocks]
+  scores = (places.add if add else places.set)(gain, mode="drop", unique_indices=True)
   return dataclasses.replace(state, scores=scores)

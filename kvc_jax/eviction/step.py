@@ -37,6 +37,7 @@ def evict(
     window: Int[Array, " seqs"],
     sinks: Int[Array, " seqs"],
     first_query: Int[Array, " seqs"] | None = None,
+    keep: Int[Array, "seqs ranges 2"] | None = None,
     *,
     rule: ScoringRule,
     allocation: Allocation = "all",
@@ -57,6 +58,8 @@ def evict(
     sinks: i32 [B] first tokens that cannot be evicted.
     first_query: i32 [B] position of the first observed query, for rules that
       take a mean; 0 by default.
+    keep: i32 [B, R, 2] first position and one past the last of ranges that cannot be
+      evicted either; where they are equal the range is empty.
     rule: what a KV is worth (static).
     allocation: static.
     max_tokens: a bound of the lengths, where one below M * P is known (static);
@@ -76,7 +79,7 @@ def evict(
   lengths = state.lengths.at[:, slots].get(mode="fill", fill_value=0).swapaxes(0, 1)  # [B, L, H]
   num_tokens = state.num_tokens.at[slots].get(mode="fill", fill_value=0)
   first_query = jnp.zeros_like(slots) if first_query is None else first_query
-  keys = _keys(state, tables, lengths, num_tokens, window, sinks, first_query, rule)
+  keys = _keys(state, tables, lengths, num_tokens, window, sinks, first_query, keep, rule)
   excess = _excess(lengths, cache_tokens, state.block_size, allocation)
 
   rows, held = tables.reshape(-1, columns), lengths.reshape(-1)  # [R, M] and [R], R = B * L * H
@@ -87,13 +90,15 @@ def evict(
   return _shorten(state, slots, tables, kept.reshape(lengths.shape), freed.reshape(lengths.shape))
 
 
-def _keys(state, tables, lengths, num_tokens, window, sinks, first_query, rule):
+def _keys(state, tables, lengths, num_tokens, window, sinks, first_query, keep, rule):
   """Order of worth, u32 [R, M*P], for `select`."""
   shape = (*lengths.shape, tables.shape[-1] * state.block_size)
   scores, positions = state.scores[tables].reshape(shape), state.positions[tables].reshape(shape)
   evictable = jnp.arange(shape[-1], dtype=jnp.int32) < lengths[..., None]
   evictable &= positions < (num_tokens - window)[:, None, None, None]
   evictable &= positions >= sinks[:, None, None, None]
+  for first, stop in () if keep is None else jnp.moveaxis(keep, 0, -1)[..., None, None, None]:
+    evictable &= (positions < first) | (positions >= stop)
   values = rule.value(HeldKVs(scores, positions, num_tokens, first_query))
   return keys_of(values, evictable).reshape(-1, shape[-1])
 

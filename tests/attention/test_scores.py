@@ -11,12 +11,13 @@ import pytest
 from builders import held_kvs, poison
 
 from kvc_jax.attention.decode import decode_attention
-from kvc_jax.attention.prefill import init_observation, prefill_attention, score_observed
+from kvc_jax.attention.prefill import Observation, init_observation, prefill_attention, score_observed
 from kvc_jax.cache.alloc import allocate, release
 from kvc_jax.cache.state import CacheConfig, check_invariants, init_cache
 from kvc_jax.eviction.score import HeldKVs, first_observed
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
+from kvc_jax.eviction.step import evict
 
 HEADS, GROUP, DIM, SCALE, SLOT = 2, 3, 8, 0.4, 1
 CONFIG = CacheConfig(
@@ -112,6 +113,34 @@ def test_scores_of_a_prompt_of_several_tiles(rule):
     else:
       expected = oracles.full_scores(q, k, power=2, buffer=10, scale=SCALE)
     np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
+
+
+def test_scores_behind_an_eviction_replace_the_old_and_pool_neighbours_by_position():
+  """Evictions move KVs about: a neighbour is still the next position that is held."""
+  rule = WindowAttention(queries=6, pooling=3)
+  qkv = _random_qkv(8, 37)
+  _, state = _prefill(qkv, 64, rule)
+  state, _ = evict(state, jnp.array([SLOT]), jnp.array([15]), jnp.array([4]), jnp.array([2]), rule=rule)
+  held = [[[p for p, _ in head] for head in layer] for layer in held_kvs(state, SLOT)]
+  assert any(len(head) < 37 for layer in held for head in layer)
+  observation = Observation(*(jnp.zeros((2, 6, HEADS * GROUP, *d)) for d in ((DIM,), ())))
+  where = np.arange(37)
+  for layer in range(2):
+    logits = oracles.probabilities(qkv[0][layer][-6:], qkv[1][layer], where[-6:], where, SCALE)
+    q, k = (x[layer].astype(np.float64) for x in qkv[:2])
+    sums = [[np.log(np.exp(SCALE * (k[: t + 1, n // GROUP] @ q[t, n])).sum()) for n in range(HEADS * GROUP)]
+            for t in where[-6:]]
+    observation = Observation(
+        observation.queries.at[layer].set(qkv[0][layer][-6:]), observation.log_sums.at[layer].set(np.array(sums)))
+    held[layer] = [(head, (logits[n * GROUP : (n + 1) * GROUP] ** 2).sum(axis=1)[:, head])
+                   for n, head in enumerate(held[layer])]
+  state = score_observed(poison(state), observation, jnp.int32(SLOT), scale=SCALE, rule=rule)
+  for layer, head in np.ndindex(2, HEADS):
+    positions, sums = held[layer][head]
+    expected = sum(np.array([row[max(0, i - 1) : i + 2].max() for i in range(len(row))]) for row in sums)
+    found = held_kvs(state, SLOT)[layer][head]
+    assert [p for p, _ in found] == positions
+    np.testing.assert_allclose([s for _, s in found], expected, rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("rule", [

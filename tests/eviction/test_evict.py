@@ -41,17 +41,23 @@ def _random_request(rng, num_tokens):
   return budget, window, int(rng.choice([0, 0, 1, 4]))
 
 
+def _random_keep(rng, num_tokens):
+  """Two ranges, which may be empty or overlap, or end behind the sequence."""
+  starts = rng.integers(0, num_tokens + 1, 2)
+  return np.stack([starts, starts + rng.choice([0, 1, 5, num_tokens], 2)], axis=1).astype(np.int32)
+
+
 @functools.cache
 def _jitted(allocation):
   return jax.jit(functools.partial(evict, rule=WindowAttention(), allocation=allocation))
 
 
-def _check_sequence(before, state, slot, sequence, request, allocation, block_size, freed):
+def _check_sequence(state, slot, sequence, request, keep, allocation, block_size, freed):
   num_tokens, heads = sequence
   budget, window, sinks = request
   kept, blocks = oracles.evict(
       heads, num_tokens=num_tokens, window=window, sinks=sinks, block_size=block_size, allowed=budget,
-      allocation=allocation)
+      allocation=allocation, keep=[] if keep is None else keep.tolist())
   assert held_kvs(state, slot) == kept
   assert freed == np.sum(blocks)
   for layer, head in np.ndindex(LAYERS, HEADS):
@@ -95,11 +101,13 @@ def _check_random_caches(rng, allocation, block_size, cases, **shape):
     check_invariants(state)
     requests = [_random_request(rng, sequences[slot][0]) for slot in slots[:2]]
     rows = np.array([[s, *r] for s, r in zip(slots[:2], requests, strict=True)] + [[SLOTS, 1, 1, 0]], np.int32).T
-    new, report = _jitted(allocation)(state, *rows)
+    keep = np.stack([_random_keep(rng, sequences[slot][0]) for slot in slots]) if rng.random() < 0.5 else None
+    new, report = _jitted(allocation)(state, *rows, keep=keep)
     check_invariants(new)
     for i, slot in enumerate(slots[:2]):
       _check_sequence(
-          state, new, slot, sequences[slot], requests[i], allocation, block_size, int(report.freed_blocks[i]))
+          new, slot, sequences[slot], requests[i], None if keep is None else keep[i], allocation, block_size,
+          int(report.freed_blocks[i]))
       np.testing.assert_array_equal(report.lengths[i], new.lengths[:, slot])
     assert held_kvs(new, slots[2]) == held_kvs(state, slots[2])
     assert int(report.freed_blocks[2]) == 0
