@@ -1,6 +1,7 @@
 """Paged KV-cache compression with a different rate for every attention head.
 
-Two levels. `LLM` generates text with a compressed cache:
+Two levels. `LLM` generates text with a compressed cache (and `Engine` serves requests
+that come and go):
 
     from kvc_jax import LLM, Compression, SamplingParams
     llm = LLM("path/to/model")
@@ -25,9 +26,18 @@ if TYPE_CHECKING:
   from kvc_jax.checkpoint.convert import convert
   from kvc_jax.checkpoint.store import load_model
   from kvc_jax.config import LlamaConfig, RopeConfig
+  from kvc_jax.engine.engine import Engine
   from kvc_jax.engine.llm import LLM
-  from kvc_jax.engine.request import CompressionReceipt, RequestOutput, SamplingParams, StreamChunk
-  from kvc_jax.errors import InputError
+  from kvc_jax.engine.request import (
+      CompressionReceipt,
+      EngineStats,
+      RequestOutput,
+      SamplingParams,
+      StreamChunk,
+      TokenLogprobs,
+      Update,
+  )
+  from kvc_jax.errors import InputError, QueueFull
   from kvc_jax.eviction.compression import Compression
   from kvc_jax.eviction.score import HeldKVs, ScoringRule
   from kvc_jax.eviction.score_full import FullAttention
@@ -41,6 +51,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "engine.llm",
+    "Engine": "engine.engine",
+    "EngineStats": "engine.request",
+    "Update": "engine.request",
+    "TokenLogprobs": "engine.request",
     "SamplingParams": "engine.request",
     "RequestOutput": "engine.request",
     "StreamChunk": "engine.request",
@@ -78,6 +92,7 @@ _HOMES = {
     "load_model": "checkpoint.store",
     "convert": "checkpoint.convert",
     "InputError": "errors",
+    "QueueFull": "errors",
 }
 
 __all__ = [
@@ -86,6 +101,8 @@ __all__ = [
     "CacheState",
     "Compression",
     "CompressionReceipt",
+    "Engine",
+    "EngineStats",
     "Eviction",
     "FullAttention",
     "HeldKVs",
@@ -93,6 +110,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "Observation",
+    "QueueFull",
     "RandomScore",
     "RequestOutput",
     "RopeConfig",
@@ -101,6 +119,8 @@ __all__ = [
     "ScoringRule",
     "SequenceSnapshot",
     "StreamChunk",
+    "TokenLogprobs",
+    "Update",
     "WindowAttention",
     "allocate",
     "check_invariants",

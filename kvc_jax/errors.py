@@ -16,6 +16,10 @@ class InputError(ValueError):
   """
 
 
+class QueueFull(Exception):
+  """An engine has as many waiting requests as it was made for; try again later."""
+
+
 def check_count(name: str, value: Any, *, at_least: int, at_most: int = LARGEST_COUNT, hint: str = "") -> None:
   """Raises InputError unless `value` is a whole number in the range."""
   whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)

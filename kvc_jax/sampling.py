@@ -5,7 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+MOST_LOGPROBS = 20
+"""Most probable tokens whose log-probabilities a request can ask for, as in OpenAI's API."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +49,45 @@ def sample(logits: Float[Array, "seqs vocab"], params: SamplingArrays) -> Int[Ar
     return jnp.where(params.temperature > 0, tokens, greedy)
 
   return lax.cond(jnp.any(params.temperature > 0), drawn, lambda: greedy)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+  """Log-probabilities of drawn tokens under the model's own distribution.
+
+  Attributes:
+    drawn: f32 [..., S] of the token that was drawn.
+    top: f32 [..., S, R] of the most probable tokens, the best first.
+    top_ids: i32 [..., S, R] their ids.
+  """
+
+  drawn: jax.Array
+  top: jax.Array
+  top_ids: jax.Array
+
+
+def most_ranks(vocab_size: int) -> int:
+  """R: most probable tokens that are found where any are asked for."""
+  return min(MOST_LOGPROBS, vocab_size)
+
+
+def logprobs_of(
+    logits: Float[Array, "seqs vocab"], tokens: Int[Array, " seqs"], wanted: Bool[Array, ""]
+) -> Logprobs:
+  """Log-probabilities of `tokens` and of each row's best; zeros at no cost where they are not `wanted`."""
+  seqs, vocab = logits.shape
+
+  def found() -> Logprobs:
+    every = jax.nn.log_softmax(logits, axis=-1)
+    top, ids = lax.top_k(every, most_ranks(vocab))
+    return Logprobs(jnp.take_along_axis(every, tokens[:, None], axis=-1)[:, 0], top, ids.astype(jnp.int32))
+
+  def none() -> Logprobs:
+    ranks = (seqs, most_ranks(vocab))
+    return Logprobs(jnp.zeros(seqs), jnp.zeros(ranks), jnp.zeros(ranks, jnp.int32))
+
+  return lax.cond(wanted, found, none)
 
 
 def _truncate(logits: Array, params: SamplingArrays) -> Array:

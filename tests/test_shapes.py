@@ -16,7 +16,7 @@ for rule in (kvc_jax.WindowAttention(queries=4), kvc_jax.FullAttention()):
   llm.generate(["Once upon a time", ""], params, kvc_jax.Compression(rate=2, window=2, interval=2, scoring=rule))
 from beartype.roar import BeartypeException
 try:
-  kvc_jax.release(llm._batch.state, llm._batch.state.kv)
+  kvc_jax.release(llm.engine.batch.state, llm.engine.batch.state.kv)
 except Exception as e:
   print("refused", type(e).__name__)
 """

@@ -1,89 +1,53 @@
-"""The running batch: the cache on the device, and what the host knows of each slot."""
+"""The running batch: the cache on the device, and the transitions that an engine composes."""
 
-import dataclasses
+from collections.abc import Sequence as Sequences
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvc_jax.attention.prefill import init_observation
+from kvc_jax.cache.snapshot import PIECE_KVS, export_sequence, import_sequence
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.engine import steps
-from kvc_jax.engine.output_text import OutputText
-from kvc_jax.engine.request import CompressionReceipt, FinishReason, SamplingParams
-from kvc_jax.eviction.compression import Compression
+from kvc_jax.engine.request import CompressionReceipt
+from kvc_jax.engine.sequence import Sequence
+from kvc_jax.eviction.compression import MOST_KEPT_RANGES, Compression
 from kvc_jax.eviction.score import ScoringRule, first_observed
+from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.model.llama import Llama
-from kvc_jax.sampling import SamplingArrays, sample
+from kvc_jax.sampling import Logprobs, SamplingArrays
 
 _EVICT_TOKENS = 32_768
+_STOP_IDS = 16
+"""Ids that the device stops at; the host stops at any further ones."""
 
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class Sequence:
-  """One request while it is served (host side, mutable).
-
-  Attributes:
-    index: place of the prompt in the caller's list.
-    prompt: token ids.
-    params: how to sample; `seed` is set.
-    compression: None for a request that is not compressed.
-    output: decoded text so far.
-    token_ids: ids generated so far; the newest is not in the cache yet.
-    ids_given: how many of them a streaming callback has seen.
-    slot: of the cache, -1 while waiting.
-    steps: decode steps done; fewer than len(token_ids) - 1 while a preempted
-      request catches up with what it had generated.
-    compressions: evictions run.
-    freed_blocks: blocks that they gave back.
-    finish_reason: set when the request has ended.
-  """
-
-  index: int
-  prompt: list[int]
-  params: SamplingParams
-  compression: Compression | None
-  output: OutputText
-  token_ids: list[int] = dataclasses.field(default_factory=list)
-  ids_given: int = 0
-  slot: int = -1
-  steps: int = 0
-  compressions: int = 0
-  freed_blocks: int = 0
-  finish_reason: FinishReason | None = None
-
-  @property
-  def tokens_seen(self) -> int:
-    """Tokens that went through the cache."""
-    return len(self.prompt) + self.steps
-
-  @property
-  def is_new_ground(self) -> bool:
-    """Whether the token that comes next was not generated before a preemption."""
-    return self.steps == len(self.token_ids) - 1
-
-  def restart(self) -> None:
-    """Goes back to the prompt; what was generated stays and is run again, not drawn again."""
-    self.steps = self.compressions = self.freed_blocks = 0
+Evicted = tuple[list[Sequence], jax.Array]
+"""Sequences of one eviction call, and i32 [B] the blocks that it freed of each."""
 
 
 class Batch:
-  """Slots of one cache and the transitions that an engine composes.
+  """Slots of one cache. Everything is dispatched; only what says so waits for the device.
 
   Attributes:
+    model: the model.
     config: shape of the cache.
     state: the cache; replaced by every transition.
     chunk_size: tokens of a prefill chunk.
+    steps_per_sync: K, most decode steps of one call.
   """
 
-  def __init__(self, model: Llama, config: CacheConfig, chunk_size: int, kv_scales: jax.Array | None = None):
+  def __init__(
+      self, model: Llama, config: CacheConfig, chunk_size: int, kv_scales: jax.Array | None = None,
+      steps_per_sync: int = 1):
     self.model = model
     self.config = config
     self.chunk_size = chunk_size
+    self.steps_per_sync = steps_per_sync
     self._kv_scales = None if kv_scales is None else np.asarray(kv_scales)
     self._start_empty()
     # Sequences per eviction call: each costs temporaries of some bytes for every KV its tables could hold.
     longest = config.max_blocks_per_head * config.block_size
+    self._piece = min(PIECE_KVS, longest * config.heads_per_sequence)
     self._evict_rows = max(1, min(config.num_slots, 4, _EVICT_TOKENS // longest))
 
   def reset(self) -> None:
@@ -105,81 +69,137 @@ class Batch:
   def has_free_slot(self) -> bool:
     return bool(self._free_slots)
 
-  def prefill(self, sequence: Sequence) -> jax.Array:
-    """Takes a slot, runs the prompt in chunks and scores it; returns logits [V].
-
-    The caller has checked that a slot and the prompt's blocks are free.
-    """
+  def take_slot(self, sequence: Sequence) -> None:
+    """Gives the sequence an empty slot; the caller has checked that there is one."""
     sequence.slot = self._free_slots.pop()
-    slot = jnp.asarray(sequence.slot, jnp.int32)
-    rule = sequence.compression.scoring if sequence.compression else None
-    shape = self.model.config
-    observation = init_observation(
-        rule, shape.num_layers, shape.num_heads, shape.head_dim, self.config.query_dtype)
-    for start in range(0, len(sequence.prompt), self.chunk_size):
-      piece = sequence.prompt[start : start + self.chunk_size]
-      tokens = np.zeros(self.chunk_size, np.int32)
-      tokens[: len(piece)] = piece
-      logits, ok, self.state, observation = steps.prefill_chunk(
-          self.model, self.state, observation, tokens, slot, jnp.asarray(len(piece), jnp.int32), rule=rule)
-    if not ok:
-      raise RuntimeError("prefill was admitted without its blocks")
-    if rule is not None:
-      self.state = steps.score_prompt(
-          self.state, observation, slot, scale=shape.head_dim**-0.5, rule=rule)
-    return logits
 
-  def decode(self, sequences: list[Sequence]) -> tuple[jax.Array, np.ndarray]:
-    """Runs one token of each sequence; returns logits [S, V] and ok [S].
+  def prefill(self, sequence: Sequence, count: int) -> tuple[jax.Array, jax.Array]:
+    """Runs the next `count` prompt tokens, at most a chunk.
 
-    A sequence whose slot is not ok got no block and has not moved.
+    The caller has checked that their blocks are free.
+
+    Returns:
+      Logits f32 [V] behind them, and ok bool []: whether the blocks were there.
     """
-    tokens = np.zeros(self.config.num_slots, np.int32)
-    active = np.zeros(self.config.num_slots, bool)
-    for sequence in sequences:
-      tokens[sequence.slot] = sequence.token_ids[sequence.steps]
-      active[sequence.slot] = True
-    logits, ok, self.state = steps.decode_step(
-        self.model, self.state, tokens, active, rule=_decode_rule(sequences))
-    ok = np.asarray(ok)
-    for sequence in sequences:
-      sequence.steps += int(ok[sequence.slot])
+    compression = sequence.compression
+    rule = compression.scoring if compression else None
+    if sequence.observation is None:
+      shape = self.model.config
+      sequence.observation = init_observation(
+          rule, shape.num_layers, shape.num_heads, shape.head_dim, self.config.query_dtype)
+    tokens = np.zeros(self.chunk_size, np.int32)
+    tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
+    logits, ok, self.state, sequence.observation = steps.prefill_chunk(
+        self.model, self.state, sequence.observation, tokens, np.int32(sequence.slot), np.int32(count), rule=rule)
+    sequence.prefilled += count
     return logits, ok
 
-  def sample(self, logits: jax.Array, sequences: list[Sequence | None]) -> np.ndarray:
-    """Draws a token id for each row of logits; a row without a sequence draws anything."""
+  def score(self, sequence: Sequence) -> None:
+    """Scores what is held of the prompt so far, for a compression that follows."""
+    rule = _compression(sequence).scoring
+    if rule.observed == "last":
+      self.state = steps.score_prompt(
+          self.state, sequence.observation, np.int32(sequence.slot), scale=self.model.config.head_dim**-0.5, rule=rule)
+
+  def decode(self, sequences: list[Sequence], limits: list[int], num_steps: int) -> steps.Decoded:
+    """Runs up to `num_steps` decode steps, at most limits[i] of sequences[i].
+
+    All sequences whose decode keeps scores share one `decode_rule`.
+    """
+    rules = {rule for s in sequences if (rule := decode_rule(s.compression)) is not None}
+    assert len(rules) <= 1, "sequences of one decode call score by different rules"
+    found, self.state = steps.decode_loop(
+        self.model, self.state, self._rows(sequences, limits), np.int32(num_steps), rule=next(iter(rules), None))
+    return found
+
+  def _rows(self, sequences: list[Sequence], limits: list[int]) -> steps.DecodeRows:
+    slots = self.config.num_slots
+    tokens, allowed, wanted = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.zeros(slots, bool)
+    given = np.full((slots, self.steps_per_sync), -1, np.int32)
+    stop_ids = np.full((slots, _STOP_IDS), -1, np.int32)
+    sampled: list[Sequence | None] = [None] * slots
+    for sequence, limit in zip(sequences, limits, strict=True):
+      at = sequence.slot
+      tokens[at], allowed[at] = sequence.token_ids[sequence.steps], limit
+      ahead = sequence.token_ids[sequence.steps + 1 :][: self.steps_per_sync]
+      given[at, : len(ahead)] = ahead
+      stops = list(sequence.stop_ids)[:_STOP_IDS]
+      stop_ids[at, : len(stops)] = stops
+      wanted[at] = sequence.params.logprobs is not None
+      sampled[at] = sequence
+    tokens, allowed, given, stop_ids, wanted = jax.device_put((tokens, allowed, given, stop_ids, wanted))
+    return steps.DecodeRows(
+        tokens=tokens, limits=allowed, given=given, stop_ids=stop_ids, sampling=self._sampling(sampled),
+        logprobs=wanted)
+
+  def first_token(self, logits: jax.Array, sequence: Sequence) -> tuple[jax.Array, Logprobs]:
+    """Draws the token behind the prompt: i32 [1], and its log-probabilities where wanted."""
+    wanted = np.array([sequence.params.logprobs is not None])
+    return steps.first_token(logits, self._sampling([sequence]), wanted)
+
+  def _sampling(self, sequences: Sequences[Sequence | None]) -> SamplingArrays:
     rows = [_sampling_row(s, self.model.config.vocab_size) for s in sequences]
-    columns = [jnp.asarray(c, d) for c, d in zip(zip(*rows, strict=True), _SAMPLING_DTYPES, strict=True)]
-    return np.asarray(_sample(logits, SamplingArrays(*columns)))
+    columns = [np.array(c, d) for c, d in zip(zip(*rows, strict=True), _SAMPLING_DTYPES, strict=True)]
+    return SamplingArrays(*jax.device_put(columns))
 
-  def compress(self, sequences: list[Sequence]) -> None:
-    """Evicts each sequence down to its own budget; all share one rule and allocation."""
+  def compress(self, sequences: list[Sequence]) -> list[Evicted]:
+    """Evicts each sequence down to its own budget; all share one rule and allocation.
+
+    While its prompt is prefilled, that is the budget that the whole prompt will have.
+    """
+    calls = []
     for start in range(0, len(sequences), self._evict_rows):
-      self._compress_rows(sequences[start : start + self._evict_rows])
+      calls.append(self._compress_rows(sequences[start : start + self._evict_rows]))
+    return calls
 
-  def _compress_rows(self, sequences: list[Sequence]) -> None:
+  def _compress_rows(self, sequences: list[Sequence]) -> Evicted:
     first = _compression(sequences[0])
     rows = np.zeros((5, self._evict_rows), np.int32)
     rows[0] = self.config.num_slots  # rows without a sequence are ignored
+    keep = np.zeros((self._evict_rows, MOST_KEPT_RANGES, 2), np.int32)
     for i, sequence in enumerate(sequences):
       compression = _compression(sequence)
       rows[:, i] = (
-          sequence.slot, compression.cache_tokens(sequence.tokens_seen), compression.window, compression.sinks,
-          first_observed(compression.scoring, len(sequence.prompt)))
-    self.state, eviction = steps.evict(self.state, *rows, rule=first.scoring, allocation=first.allocation)
-    for sequence, freed in zip(sequences, np.asarray(eviction.freed_blocks), strict=False):
+          sequence.slot, compression.cache_tokens(len(sequence.prompt) + sequence.steps), compression.window,
+          compression.sinks, first_observed(compression.scoring, sequence.prefilled))
+      for j, pair in enumerate(compression.keep):
+        keep[i, j] = pair
       sequence.compressions += 1
-      sequence.freed_blocks += int(freed)
+      sequence.compressed_at = sequence.tokens_seen
+    self.state, eviction = steps.evict(self.state, *rows, keep, rule=first.scoring, allocation=first.allocation)
+    return sequences, eviction.freed_blocks
+
+  def usage(self) -> tuple[jax.Array, jax.Array]:
+    """Blocks that each slot holds, i32 [S], and free blocks, i32 []."""
+    return steps.usage(self.state)
 
   def release(self, sequence: Sequence) -> None:
     """Frees the sequence's blocks and slot."""
-    self.state = steps.release(self.state, jnp.asarray([sequence.slot], jnp.int32))
+    self.state = steps.release(self.state, np.array([sequence.slot], np.int32))
     self._free_slots.append(sequence.slot)
     sequence.slot = -1
 
-  def receipt(self, sequence: Sequence, *, positions: bool = False) -> CompressionReceipt:
-    """What the sequence holds now; with `positions`, which tokens too."""
-    lengths = np.asarray(self.state.lengths[:, sequence.slot])
+  def swap_out(self, sequence: Sequence) -> None:
+    """Copies what the sequence holds to host memory and frees its slot (waits for the device)."""
+    sequence.snapshot = export_sequence(self.state, sequence.slot, piece=self._piece)
+    self.release(sequence)
+
+  def swap_in(self, sequence: Sequence) -> jax.Array:
+    """Brings a swapped sequence back into an empty slot; returns ok bool []: whether its blocks were there."""
+    assert sequence.snapshot is not None
+    self.take_slot(sequence)
+    self.state, ok = import_sequence(self.state, sequence.slot, sequence.snapshot, piece=self._piece)
+    sequence.snapshot = None
+    return ok
+
+  def receipts(self, sequences: list[Sequence]) -> list[CompressionReceipt]:
+    """What each sequence holds now (waits for the device)."""
+    if not sequences:
+      return []
+    every = np.asarray(self.state.lengths)
+    return [self._receipt(sequence, every[:, sequence.slot].copy()) for sequence in sequences]
+
+  def _receipt(self, sequence: Sequence, lengths: np.ndarray) -> CompressionReceipt:
     return CompressionReceipt(
         tokens_seen=sequence.tokens_seen,
         kvs_kept=lengths,
@@ -189,18 +209,24 @@ class Batch:
         freed_blocks=sequence.freed_blocks,
         compressions=sequence.compressions,
         rate_asked=sequence.compression.rate if sequence.compression else 1.0,
-        positions=self._positions(sequence.slot, lengths) if positions else None,
+        positions=self._positions(sequence.slot, lengths) if sequence.positions else None,
     )
 
   def _positions(self, slot: int, lengths: np.ndarray) -> np.ndarray:
-    held = np.asarray(self.state.positions[self.state.tables[:, slot]]).reshape(*lengths.shape, -1)
+    held = np.asarray(steps.held_positions(self.state, np.int32(slot)))
     index = np.arange(held.shape[-1])
     last = np.iinfo(np.int32).max
     ordered = np.sort(np.where(index < lengths[..., None], held, last), axis=-1)[..., : lengths.max()]
     return np.where(ordered == last, -1, ordered)
 
 
-_sample = jax.jit(sample)
+def decode_rule(compression: Compression | None) -> ScoringRule | None:
+  """How decode steps keep scores up to date: one object for all rules that do it alike; None for not at all."""
+  if compression is None or not compression.scores_decode or compression.scoring.observed == "none":
+    return None
+  return FullAttention(power=compression.scoring.power, buffer=compression.scoring.buffer)
+
+
 _SAMPLING_DTYPES = (np.float32, np.int32, np.float32, np.float32, np.uint32, np.int32)
 
 
@@ -208,18 +234,12 @@ def _sampling_row(sequence: Sequence | None, vocab_size: int) -> tuple[float, ..
   if sequence is None:
     return (0.0, 0, 1.0, 0.0, 0, 0)
   params = sequence.params
+  # The token behind a prompt is the first; behind decode step n, counted from 0, comes token n + 1.
+  step = sequence.steps + 1 if sequence.token_ids else 0
   return (params.temperature, min(max(params.top_k, 0), vocab_size), params.top_p, params.min_p, params.seed or 0,
-          len(sequence.token_ids))
+          step)
 
 
 def _compression(sequence: Sequence) -> Compression:
   assert sequence.compression is not None
   return sequence.compression
-
-
-def _decode_rule(sequences: list[Sequence]) -> ScoringRule | None:
-  """Decode keeps scores up to date only where a later compression will read them."""
-  for sequence in sequences:
-    if sequence.compression and sequence.compression.interval is not None:
-      return sequence.compression.scoring
-  return None

@@ -6,8 +6,11 @@ from typing import Literal
 import numpy as np
 
 from kvc_jax.errors import InputError, check_count, check_real
+from kvc_jax.sampling import MOST_LOGPROBS
 
 FinishReason = Literal["stop", "length", "cache_full"]
+
+_MOST_SAMPLES = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,9 @@ class SamplingParams:
     stop_token_ids: ids that end the text, beside the model's end-of-sequence ids.
     ignore_eos: go on past end-of-sequence ids.
     skip_special_tokens: leave special tokens out of the text.
+    n: samples of the prompt. Sample 0 is what n = 1 gives; each other has a seed of its own.
+    logprobs: most probable tokens whose log-probabilities are given with each token, 0
+      for that of the token alone; None for none. At most 20.
   """
 
   temperature: float = 1.0
@@ -37,6 +43,8 @@ class SamplingParams:
   stop_token_ids: tuple[int, ...] | list[int] = ()
   ignore_eos: bool = False
   skip_special_tokens: bool = True
+  n: int = 1
+  logprobs: int | None = None
 
   def __post_init__(self):
     check_real("SamplingParams: temperature", self.temperature, at_least=0, hint="0 (greedy) or more")
@@ -50,6 +58,9 @@ class SamplingParams:
     check_count("SamplingParams: max_tokens", self.max_tokens, at_least=1)
     if self.seed is not None:
       check_count("SamplingParams: seed", self.seed, at_least=0, at_most=2**32 - 1)
+    check_count("SamplingParams: n", self.n, at_least=1, at_most=_MOST_SAMPLES)
+    if self.logprobs is not None:
+      check_count("SamplingParams: logprobs", self.logprobs, at_least=0, at_most=MOST_LOGPROBS)
     self._check_stops()
 
   def _check_stops(self):
@@ -115,17 +126,35 @@ class CompressionReceipt:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RequestOutput:
-  """The result of one prompt.
+class TokenLogprobs:
+  """Log-probabilities at one token's place, under the model's own distribution.
 
   Attributes:
-    index: place of the prompt in the call.
+    token_id: the token that was drawn.
+    logprob: its log-probability.
+    top: (token id, log-probability) of the most probable tokens, the best first.
+  """
+
+  token_id: int
+  logprob: float
+  top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+  """The result of one prompt, or of one sample of it.
+
+  Attributes:
+    index: place of the prompt in the call; from an `Engine` the request's id.
     prompt_token_ids: ids of the prompt.
     token_ids: ids generated; the one that ended the text is included.
     text: decoded output, without stop strings and end-of-sequence tokens.
     finish_reason: "stop" (a stop string or id), "length" (max_tokens or the
       model's context), "cache_full" (the pool had no block left for it).
-    receipt: what the cache held.
+    receipt: what the cache held. A text that a stop string ended may have run on by some
+      tokens before that was seen; the receipt counts them.
+    sample: 0 to n - 1, where a prompt has n samples.
+    logprobs: one for each of `token_ids`, where they were asked for.
   """
 
   index: int
@@ -134,6 +163,8 @@ class RequestOutput:
   text: str
   finish_reason: FinishReason
   receipt: CompressionReceipt
+  sample: int = 0
+  logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,10 +174,71 @@ class StreamChunk:
   All chunks' texts and token ids together are those of the `RequestOutput`; ids
   whose text is held back come with the next chunk.
 
-  `finish_reason` is None until the request's last chunk.
+  `finish_reason` is None until the request's last chunk; `sample` is that of `RequestOutput`.
   """
 
   index: int
   text: str
   token_ids: list[int]
   finish_reason: FinishReason | None
+  sample: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+  """What is new of one sample of a request, as `Engine.step` returns it.
+
+  Attributes:
+    request_id: as `Engine.add` gave it.
+    sample: 0 to n - 1.
+    text: the piece of text since the last update.
+    token_ids: ids since then; those whose text is held back come with a later update.
+    logprobs: one for each of `token_ids`; None unless asked for.
+    finish_reason: None until the last update.
+    output: the whole result, with the last update.
+  """
+
+  request_id: int
+  sample: int
+  text: str
+  token_ids: list[int]
+  logprobs: tuple[TokenLogprobs, ...] | None
+  finish_reason: FinishReason | None
+  output: RequestOutput | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineStats:
+  """Counts of an engine: what it holds now, and what it has done since it was made.
+
+  Attributes:
+    running: sequences that hold a slot.
+    waiting: sequences that wait for one, preempted ones too.
+    free_blocks: of the pool, when results were last read.
+    num_blocks: of the pool that can be allocated at all.
+    prompt_tokens: prefilled; again for a sequence that started over.
+    generated_tokens: given to requests.
+    finished: sequences that ended, but were not cancelled.
+    cancelled: sequences.
+    preemptions: sequences that gave way to others.
+    swaps: preemptions whose blocks went to host memory.
+    compressions: evictions run.
+    freed_blocks: that they gave back.
+    prefix_queries: prompts looked up among cached prefixes.
+    prefix_hits: prompts found there.
+  """
+
+  running: int
+  waiting: int
+  free_blocks: int
+  num_blocks: int
+  prompt_tokens: int = 0
+  generated_tokens: int = 0
+  finished: int = 0
+  cancelled: int = 0
+  preemptions: int = 0
+  swaps: int = 0
+  compressions: int = 0
+  freed_blocks: int = 0
+  prefix_queries: int = 0
+  prefix_hits: int = 0

@@ -1,12 +1,14 @@
-"""The jitted steps: prefill a chunk, decode a token for every slot, score, compress, release.
+"""The jitted steps: prefill a chunk, decode tokens for every slot, score, compress, release.
 
 Each takes the cache and gives it back, donated, so the pool is updated in place.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kvc_jax.attention.decode import decode_attention
 from kvc_jax.attention.prefill import Observation, prefill_attention, score_observed
@@ -16,6 +18,7 @@ from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.step import Allocation, Eviction
 from kvc_jax.eviction.step import evict as evict_step
 from kvc_jax.model.llama import Llama
+from kvc_jax.sampling import Logprobs, SamplingArrays, logprobs_of, most_ranks, sample
 
 DECODE_OPTIONS = {
     # XLA counts the pool again for each update in place, sees memory run out, and would compute
@@ -93,6 +96,12 @@ def decode_step(
     Logits f32 [S, V]; ok bool [S] (False: not active, or no block was free, and
     the slot is as before); the cache.
   """
+  return _decode(model, state, tokens, active, rule)
+
+
+def _decode(
+    model: Llama, state: CacheState, tokens: jax.Array, active: jax.Array, rule: ScoringRule | None
+) -> tuple[jax.Array, jax.Array, CacheState]:
   slots = jnp.arange(state.num_slots, dtype=jnp.int32)
   state, ok = alloc.allocate(state, slots, active.astype(jnp.int32), max_count=1)
   ok &= active
@@ -105,11 +114,136 @@ def decode_step(
   return model.logits(hidden), ok, state
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeRows:
+  """What `decode_loop` is to do for each slot. K is the most steps of a loop.
+
+  Attributes:
+    tokens: i32 [S] newest token of each slot, not in the cache yet.
+    limits: i32 [S] steps that the slot may take, up to K; 0 where it is not active.
+    given: i32 [S, K] tokens to go on with instead of drawn ones, -1 for none: those that a
+      sequence had generated before it started over.
+    stop_ids: i32 [S, E] ids behind which the slot stops, -1 for none.
+    sampling: how to draw; `step` is that of the first token.
+    logprobs: bool [S] whether log-probabilities are wanted.
+  """
+
+  tokens: jax.Array
+  limits: jax.Array
+  given: jax.Array
+  stop_ids: jax.Array
+  sampling: SamplingArrays
+  logprobs: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+  """What a loop of decode steps found.
+
+  Attributes:
+    counts: i32 [S] steps that each slot took. Fewer than its limit, where no stop id was
+      drawn, because no block was free.
+    tokens: i32 [K, S] the tokens behind them; 0 behind a slot's count.
+    logprobs: [K, S] of these tokens.
+  """
+
+  counts: jax.Array
+  tokens: jax.Array
+  logprobs: Logprobs
+
+
+@functools.partial(
+    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=DECODE_OPTIONS)
+def decode_loop(
+    model: Llama, state: CacheState, rows: DecodeRows, num_steps: jax.Array, *, rule: ScoringRule | None
+) -> tuple[Decoded, CacheState]:
+  """Several decode steps with sampling in one program. An outermost jit, as `decode_step` is.
+
+  Ends early when no slot can go on.
+
+  Args:
+    model: the model.
+    state: the cache; donated.
+    rows: what to do for each slot.
+    num_steps: i32 [] most steps, up to K; traced, so one compile serves any number.
+    rule: as for `decode_step`.
+
+  Returns:
+    What was found, and the cache.
+  """
+  slots, steps = rows.given.shape
+  slot = jnp.arange(slots, dtype=jnp.int32)
+
+  def going(carry):
+    step, moved, *_ = carry
+    return (step < num_steps) & moved
+
+  def body(carry):
+    step, _, tokens, limits, found, state = carry
+    counts = found.counts
+    logits, ok, state = _decode(model, state, tokens, counts < limits, rule)
+    drawn = sample(logits, dataclasses.replace(rows.sampling, step=rows.sampling.step + counts))
+    given = rows.given[slot, jnp.minimum(counts, steps - 1)]
+    token = jnp.where(given >= 0, given, drawn)
+    found = _note(found, token, ok, logprobs_of(logits, token, jnp.any(rows.logprobs & ok)))
+    stopped = ok & jnp.any(token[:, None] == rows.stop_ids, axis=1)
+    limits = jnp.where(stopped, 0, limits)
+    return step + 1, jnp.any(found.counts < limits) & jnp.any(ok), jnp.where(ok, token, tokens), limits, found, state
+
+  nothing = _nothing(steps, slots, model.config.vocab_size)
+  start = (jnp.int32(0), jnp.any(rows.limits > 0), rows.tokens, rows.limits, nothing, state)
+  *_, found, state = lax.while_loop(going, body, start)
+  return found, state
+
+
+def _nothing(steps: int, slots: int, vocab_size: int) -> Decoded:
+  ranks = (steps, slots, most_ranks(vocab_size))
+  return Decoded(
+      jnp.zeros(slots, jnp.int32), jnp.zeros((steps, slots), jnp.int32),
+      Logprobs(jnp.zeros((steps, slots)), jnp.zeros(ranks), jnp.zeros(ranks, jnp.int32)))
+
+
+def _note(found: Decoded, token: jax.Array, ok: jax.Array, logprobs: Logprobs) -> Decoded:
+  """Puts down each ok slot's token behind those it has."""
+  steps, slots = found.tokens.shape
+  at = jnp.where(ok, found.counts, steps), jnp.arange(slots)
+
+  def put(rows: jax.Array, row: jax.Array) -> jax.Array:
+    return rows.at[at].set(row, mode="drop")
+
+  return Decoded(
+      found.counts + ok, put(found.tokens, token), jax.tree.map(put, found.logprobs, logprobs))
+
+
+@jax.jit
+def first_token(
+    logits: jax.Array, sampling: SamplingArrays, logprobs: jax.Array
+) -> tuple[jax.Array, Logprobs]:
+  """Draws the token behind a prompt from logits [V]; `sampling` and `logprobs` (bool) have one row."""
+  token = sample(logits[None], sampling)
+  return token, logprobs_of(logits[None], token, logprobs[0])
+
+
+@jax.jit
+def usage(state: CacheState) -> tuple[jax.Array, jax.Array]:
+  """Blocks that each slot holds, i32 [S], and free blocks, i32 []."""
+  return jnp.sum(alloc.blocks_held(state.lengths, state.block_size), axis=(0, 2)), state.free_count
+
+
+@jax.jit
+def held_positions(state: CacheState, slot: jax.Array) -> jax.Array:
+  """Positions i32 [L, H, M*P] in the lists of one slot's heads; nonsense behind their lengths."""
+  tables = state.tables[:, slot]
+  return state.positions[tables].reshape(*tables.shape[:2], -1)
+
+
 @functools.partial(jax.jit, static_argnames=("rule", "scale"), donate_argnames="state")
 def score_prompt(
     state: CacheState, observation: Observation, slot: jax.Array, *, scale: float, rule: ScoringRule
 ) -> CacheState:
-  """Scores a prompt's KVs behind its last chunk; see `score_observed`."""
+  """Scores a prompt's KVs behind a chunk; see `score_observed`."""
   return score_observed(state, observation, slot, scale=scale, rule=rule)
 
 
@@ -121,13 +255,14 @@ def evict(
     window: jax.Array,
     sinks: jax.Array,
     first_query: jax.Array,
+    keep: jax.Array,
     *,
     rule: ScoringRule,
     allocation: Allocation,
 ) -> tuple[CacheState, Eviction]:
   """`kvc_jax.eviction.step.evict`, jitted and donated."""
   return evict_step(
-      state, slots, cache_tokens, window, sinks, first_query, rule=rule, allocation=allocation)
+      state, slots, cache_tokens, window, sinks, first_query, keep, rule=rule, allocation=allocation)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -8,6 +8,9 @@ from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.eviction.step import Allocation
 
+MOST_KEPT_RANGES = 8
+"""Of one request: their number is part of the eviction step's shapes."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compression:
@@ -28,6 +31,14 @@ class Compression:
       those of a "layer" (as Ada-KV), or each "head" alone (as SnapKV).
     interval: decode steps from one compression to the next; None compresses
       once, after the prompt.
+    keep: ranges (start, end) of token positions that are never evicted, such as a
+      system prompt's; at most 8.
+    prefill_interval: prompt tokens from one compression to the next while the prompt
+      is prefilled. None compresses a prompt once, behind its end, unless it is larger
+      than the pool.
+    on_demand: an engine that is short of memory may compress the request down to its
+      budget at any time, instead of making it wait. Its text then depends on what
+      else is served.
   """
 
   rate: float | None = None
@@ -37,6 +48,9 @@ class Compression:
   scoring: ScoringRule = WindowAttention()  # noqa: RUF009 (frozen)
   allocation: Allocation = "all"
   interval: int | None = None
+  keep: tuple[tuple[int, int], ...] | list[tuple[int, int]] = ()
+  prefill_interval: int | None = None
+  on_demand: bool = False
 
   def __post_init__(self):
     if self.rate is None and self.max_cache_tokens is None:
@@ -47,6 +61,7 @@ class Compression:
     check_count("Compression: sinks", self.sinks, at_least=0)
     if self.max_cache_tokens is not None:
       check_count("Compression: max_cache_tokens", self.max_cache_tokens, at_least=1)
+    self._check_keep()
     if self.max_cache_tokens is not None and self.max_cache_tokens < self.window + self.sinks:
       raise InputError(
           f"Compression: max_cache_tokens ({self.max_cache_tokens}) is below window + sinks "
@@ -60,6 +75,35 @@ class Compression:
       raise InputError(f"Compression: allocation is {self.allocation!r}; give 'all', 'layer' or 'head'")
     if self.interval is not None:
       check_count("Compression: interval", self.interval, at_least=1, hint=" decode steps, or None for once")
+    if self.prefill_interval is not None:
+      check_count("Compression: prefill_interval", self.prefill_interval, at_least=1, hint=" tokens, or None")
+    if not isinstance(self.on_demand, bool):
+      raise InputError(f"Compression: on_demand is {self.on_demand!r}; give True or False")
+
+  def _check_keep(self):
+    pairs = self.keep if isinstance(self.keep, (tuple, list)) else (None,)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+      raise InputError(f"Compression: keep is {self.keep!r}; give a list of (start, end) pairs")
+    if len(pairs) > MOST_KEPT_RANGES:
+      raise InputError(f"Compression: keep has {len(pairs)} ranges; give {MOST_KEPT_RANGES} at most")
+    for start, end in pairs:
+      check_count("Compression: the start of a range to keep", start, at_least=0)
+      check_count("Compression: the end of a range to keep", end, at_least=start + 1)
+    # A tuple of tuples, so that the object can be hashed whatever it was made from.
+    object.__setattr__(self, "keep", tuple((int(start), int(end)) for start, end in pairs))
+
+  @property
+  def scores_decode(self) -> bool:
+    """Whether a compression may follow behind decode steps, which then have to keep scores up to date."""
+    return self.interval is not None or self.on_demand
+
+  def floor_tokens(self, num_tokens: int) -> int:
+    """Tokens per head, on the average, that a compression at `num_tokens` leaves at most.
+
+    The budget, or what is protected where that is more.
+    """
+    protected = self.window + self.sinks + sum(end - start for start, end in self.keep)
+    return max(self.cache_tokens(num_tokens), min(num_tokens, protected))
 
   def cache_tokens(self, num_tokens: int) -> int:
     """Budget C, tokens per head, of a sequence that has seen `num_tokens`."""

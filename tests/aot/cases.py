@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.config import LlamaConfig, RopeConfig
 from kvc_jax.engine import steps
+from kvc_jax.eviction.compression import MOST_KEPT_RANGES
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.kernels import backends
 from kvc_jax.kernels.column_scores import column_scores
@@ -21,6 +22,7 @@ from kvc_jax.kernels.observed import Observed
 from kvc_jax.kernels.paged_decode import paged_decode
 from kvc_jax.kernels.paged_prefill import paged_prefill
 from kvc_jax.model.llama import abstract_llama
+from kvc_jax.sampling import SamplingArrays
 
 POOL_BYTES = 5 << 30
 _LAYERS, _SEQS, _HEADS, _BLOCKS_PER_HEAD, _QUERIES = 4, 8, 2, 64, 256
@@ -222,10 +224,20 @@ def _decode_step(rule: WindowAttention | None, dtype: Any = jnp.bfloat16) -> Pro
   return Program(steps.decode_step, args, (1,), {"rule": rule})
 
 
+def _decode_loop(rule: WindowAttention | None) -> Program:
+  step = _decode_step(rule)
+  model, state, tokens, flags = step.args
+  floats, seeds = _array((_SEQS,), jnp.float32), _array((_SEQS,), jnp.uint32)
+  sampling = SamplingArrays(floats, tokens, floats, floats, seeds, tokens)
+  rows = steps.DecodeRows(tokens, tokens, _array((_SEQS, 8)), _array((_SEQS, 16)), sampling, flags)
+  return Program(steps.decode_loop, (model, state, rows, _array(())), (1,), {"rule": rule})
+
+
 def _evict_step() -> Program:
   row = _array((_SEQS,))
   static = {"rule": WindowAttention(), "allocation": "all"}
-  return Program(steps.evict, (_state(), row, row, row, row, row), (0,), static)
+  keep = _array((_SEQS, MOST_KEPT_RANGES, 2))
+  return Program(steps.evict, (_state(), row, row, row, row, row, keep), (0,), static)
 
 
 _STEPS: dict[str, tuple[str, Callable[[], Program]]] = {
@@ -233,6 +245,8 @@ _STEPS: dict[str, tuple[str, Callable[[], Program]]] = {
     "decode_step, scored": ("paged_decode", lambda: _decode_step(WindowAttention())),
     "decode_step, scored, e4m3 pool": (
         "paged_decode", lambda: _decode_step(WindowAttention(), jnp.float8_e4m3fn)),
+    "decode_loop": ("paged_decode", lambda: _decode_loop(None)),
+    "decode_loop, scored": ("paged_decode", lambda: _decode_loop(WindowAttention())),
     "evict": ("compact_kv", _evict_step),
 }
 """Steps of the engine, with the op whose kernel must be found in them."""

@@ -86,8 +86,8 @@ def test_chunks_do_not_change_what_is_attended():
 
 def test_calibrated_scales_put_the_range_at_half_of_e4m3():
   llm = LLM(STORIES, max_num_seqs=1)
-  scales = kv_scales(llm._model, jnp.arange(1, 200, dtype=jnp.int32))
-  shape = llm._model.config
+  scales = kv_scales(llm.engine.model, jnp.arange(1, 200, dtype=jnp.int32))
+  shape = llm.engine.model.config
   assert scales.shape == (shape.num_layers, shape.num_kv_heads, 2)
   seen = []
 
@@ -95,16 +95,16 @@ def test_calibrated_scales_put_the_range_at_half_of_e4m3():
     jax.debug.callback(lambda *x: seen.append([np.abs(a).max(axis=(0, 2)) for a in x]), k, v)
     return q * 0, state
 
-  llm._model(jnp.arange(1, 200, dtype=jnp.int32), jnp.arange(199), attend)
+  llm.engine.model(jnp.arange(1, 200, dtype=jnp.int32), jnp.arange(199), attend)
   jax.effects_barrier()
   np.testing.assert_allclose(scales[0], np.stack(seen[0], axis=1) * 2 / 448, rtol=1e-5)  # the first layer's inputs
 
 
 def test_a_head_without_values_gets_a_scale_all_the_same():
   llm = LLM(STORIES, max_num_seqs=1)
-  weights = llm._model.layers.attention.v_proj.kernel
+  weights = llm.engine.model.layers.attention.v_proj.kernel
   weights[...] = weights[...].at[0].set(0.0)
-  scales = np.asarray(kv_scales(llm._model, jnp.arange(1, 50, dtype=jnp.int32)))
+  scales = np.asarray(kv_scales(llm.engine.model, jnp.arange(1, 50, dtype=jnp.int32)))
   assert (scales > 0).all()
   assert np.isfinite(scales).all()
 

@@ -11,11 +11,13 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import stepwise
 from hf_folders import hf_config, hf_tensors, write_folder
 
 from kvc_jax import LLM, Compression, FullAttention, RandomScore, SamplingParams
 from kvc_jax.cache.state import check_invariants
-from kvc_jax.engine.batch import Batch, Sequence
+from kvc_jax.engine.batch import Batch
+from kvc_jax.engine.sequence import Sequence
 from kvc_jax.kernels import backends
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
@@ -62,7 +64,7 @@ def _generate(folder, rates, scoring=None):
     compression = Compression(rate=rate, interval=8, **({} if scoring is None else {"scoring": scoring}))
     outputs = llm.generate([LONG, LONG[60:300], "The dog was sad."], GREEDY, compression, return_positions=True)
     found += [(o.token_ids, o.receipt.kvs_kept.tolist(), o.receipt.positions.tolist()) for o in outputs]
-  check_invariants(llm._batch.state)
+  check_invariants(llm.engine.batch.state)
   return found
 
 
@@ -83,8 +85,8 @@ def _random_model(folder, head_dim, group):
 
 
 def _takes_kernels(llm):
-  config = llm._model.config
-  shape = backends.shape_of(llm._batch.state.kv, config.num_heads // config.num_kv_heads)
+  config = llm.engine.model.config
+  shape = backends.shape_of(llm.engine.batch.state.kv, config.num_heads // config.num_kv_heads)
   return backends.choose("paged_decode", shape) != backends.XLA
 
 
@@ -98,16 +100,16 @@ def test_kernels_give_the_same_text_as_the_cpu(tmp_path, head_dim, group):
 def _logits(folder, dtype, compression, tokens, *, spoil=lambda state: state):
   """Logits behind the prompt and behind each of `tokens`, the same on every device."""
   llm = LLM(folder, dtype=dtype, block_size=16, max_num_seqs=2, num_blocks=4096, chunk_size=64, max_model_len=512)
-  batch = Batch(llm._model, llm.config, 64)
+  batch = Batch(llm.engine.model, llm.config, 64)
   sequence = Sequence(
-      index=0, prompt=llm.tokenizer.encode(LONG), params=GREEDY, compression=compression, output=None)
-  logits = [np.asarray(batch.prefill(sequence))]
+      request_id=0, prompt=llm.tokenizer.encode(LONG), params=GREEDY, compression=compression, output=None)
+  logits = [np.asarray(stepwise.prefill(batch, sequence))]
   if compression:
-    batch.compress([sequence])
+    stepwise.compress(batch, sequence)
   batch.state = spoil(batch.state)
   for token in tokens:
     sequence.token_ids.append(token)
-    step, ok = batch.decode([sequence])
+    step, ok = stepwise.decode(batch, [sequence])
     assert ok[sequence.slot]
     logits.append(np.asarray(step[sequence.slot]))
   return np.array(logits), _takes_kernels(llm)

@@ -15,6 +15,7 @@ from kvc_jax.engine import steps
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.model.llama import abstract_llama
+from kvc_jax.sampling import SamplingArrays
 
 SLOTS, TOKENS, BLOCK = 16, 4096, 16
 MODEL = LlamaConfig(
@@ -41,6 +42,14 @@ def _decode(rule):
   return steps.decode_step.lower(LLAMA, STATE, _ints(SLOTS), active, rule=rule)
 
 
+def _decode_loop(rule, steps_per_sync=8):
+  floats, flags = (jax.ShapeDtypeStruct((SLOTS,), dtype) for dtype in (jnp.float32, jnp.bool_))
+  sampling = SamplingArrays(floats, _ints(SLOTS), floats, floats, jax.ShapeDtypeStruct((SLOTS,), jnp.uint32),
+                            _ints(SLOTS))
+  rows = steps.DecodeRows(_ints(SLOTS), _ints(SLOTS), _ints(SLOTS, steps_per_sync), _ints(SLOTS, 4), sampling, flags)
+  return steps.decode_loop.lower(LLAMA, STATE, rows, _ints(), rule=rule)
+
+
 def _prefill(rule):
   observation = jax.eval_shape(
       lambda: init_observation(rule, MODEL.num_layers, MODEL.num_heads, MODEL.head_dim, jnp.bfloat16))
@@ -49,7 +58,7 @@ def _prefill(rule):
 
 def _evict(allocation):
   rows = (_ints(4),) * 5
-  return steps.evict.lower(STATE, *rows, rule=WindowAttention(), allocation=allocation)
+  return steps.evict.lower(STATE, *rows, _ints(4, 8, 2), rule=WindowAttention(), allocation=allocation)
 
 
 def _score():
@@ -62,6 +71,8 @@ def _score():
 LOWERED = {
     "decode": lambda: _decode(None),
     "decode with scores": lambda: _decode(FullAttention()),
+    "decode several": lambda: _decode_loop(None),
+    "decode several with scores": lambda: _decode_loop(FullAttention()),
     "prefill": lambda: _prefill(None),
     "prefill with all scores": lambda: _prefill(FullAttention()),
     "score the prompt": _score,

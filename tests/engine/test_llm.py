@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import stepwise
 from builders import held_keys_and_values, poison
 
 from kvc_jax import LLM, Compression, FullAttention, RandomScore, SamplingParams, WindowAttention
@@ -14,8 +15,9 @@ from kvc_jax.attention.decode import decode_attention
 from kvc_jax.cache.alloc import allocate
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine import steps
-from kvc_jax.engine.batch import Batch, Sequence
+from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.output_text import OutputText
+from kvc_jax.engine.sequence import Sequence
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -28,19 +30,20 @@ def llm():
 
 
 def _sequence(llm, prompt, compression):
-  return Sequence(index=0, prompt=llm.tokenizer.encode(prompt), params=GREEDY, compression=compression, output=None)
+  return Sequence(
+      request_id=0, prompt=llm.tokenizer.encode(prompt), params=GREEDY, compression=compression, output=None)
 
 
 def _logits(llm, compression, tokens):
   """Logits behind the prompt and behind each of `tokens` greedy decode steps."""
-  batch = Batch(llm._model, llm.config, 32)
+  batch = Batch(llm.engine.model, llm.config, 32)
   sequence = _sequence(llm, LONG[:180], compression)
-  logits = [np.asarray(batch.prefill(sequence))]
+  logits = [np.asarray(stepwise.prefill(batch, sequence))]
   for _ in range(tokens):
     if compression and (not sequence.steps or (compression.interval and sequence.steps % compression.interval == 0)):
-      batch.compress([sequence])
+      stepwise.compress(batch, sequence)
     sequence.token_ids.append(int(logits[-1].argmax()))
-    step, ok = batch.decode([sequence])
+    step, ok = stepwise.decode(batch, [sequence])
     assert ok[sequence.slot]
     logits.append(np.asarray(step[sequence.slot]))
   return np.array(logits)
@@ -81,13 +84,13 @@ def test_chunk_size_changes_neither_text_nor_what_is_kept():
 
 def test_attention_after_eviction_is_dense_attention_over_what_is_kept(llm):
   """After an eviction at 4x a decode query sees just the KVs that are held, in every layer and head."""
-  batch = Batch(llm._model, llm.config, 32)
+  batch = Batch(llm.engine.model, llm.config, 32)
   sequence = _sequence(llm, LONG, Compression(rate=4, window=8))
-  batch.prefill(sequence)
-  batch.compress([sequence])
+  stepwise.prefill(batch, sequence)
+  stepwise.compress(batch, sequence)
   state = poison(batch.state)
   check_invariants(state)
-  shape, slot = llm._model.config, sequence.slot
+  shape, slot = llm.engine.model.config, sequence.slot
   active = np.arange(llm.config.num_slots) == slot
   state, _ = allocate(state, jnp.arange(llm.config.num_slots), active.astype(np.int32), max_count=1)
   rng = np.random.default_rng(0)
@@ -105,16 +108,16 @@ def test_freed_is_really_freed():
   llm = LLM(STORIES, max_num_seqs=2, block_size=4, chunk_size=64)
   prompt = llm.tokenizer.encode(LONG)
   one = llm.config.blocks_for(len(prompt) + 1)
-  batch = Batch(llm._model, dataclasses.replace(llm.config, num_blocks=one + one // 2), 64)
+  batch = Batch(llm.engine.model, dataclasses.replace(llm.config, num_blocks=one + one // 2), 64)
   first, second = (_sequence(llm, LONG, Compression(rate=8, window=8)) for _ in range(2))
-  batch.prefill(first)
+  stepwise.prefill(batch, first)
   assert batch.free_blocks < one  # a second prompt does not fit
   before = batch.free_blocks
-  batch.compress([first])
-  receipt = batch.receipt(first)
+  stepwise.compress(batch, first)
+  receipt = stepwise.receipt(batch, first)
   assert batch.free_blocks - before == receipt.freed_blocks == receipt.blocks_uncompressed - receipt.blocks_held
   assert receipt.rate_reached > 4
-  batch.prefill(second)
+  stepwise.prefill(batch, second)
   check_invariants(batch.state)
   batch.release(first)
   batch.release(second)
@@ -157,13 +160,13 @@ def test_who_gives_way_to_others_loses_nothing(llm, compression):
 def test_a_step_that_is_broken_off_leaves_a_working_engine(llm, monkeypatch):
   """An interrupt between donating the cache and taking it back must not end the engine."""
   expected = llm.generate("Once", GREEDY)[0].text
-  decode_step = steps.decode_step
+  decode_loop = steps.decode_loop
 
   def interrupted(*args, **options):
-    decode_step(*args, **options)
+    decode_loop(*args, **options)
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(steps, "decode_step", interrupted)
+  monkeypatch.setattr(steps, "decode_loop", interrupted)
   with pytest.raises(KeyboardInterrupt):
     llm.generate(["Once", "A"], GREEDY)
   monkeypatch.undo()
@@ -194,19 +197,19 @@ def test_interval_keeps_a_long_story_small(llm):
 
 def test_rate_does_not_compound(llm):
   """Compressing again at the same length frees nothing more."""
-  batch = Batch(llm._model, llm.config, 32)
+  batch = Batch(llm.engine.model, llm.config, 32)
   sequence = _sequence(llm, LONG, Compression(rate=4))
-  batch.prefill(sequence)
-  batch.compress([sequence])
-  freed, lengths = sequence.freed_blocks, batch.receipt(sequence).kvs_kept
-  batch.compress([sequence])
+  stepwise.prefill(batch, sequence)
+  stepwise.compress(batch, sequence)
+  freed, lengths = sequence.freed_blocks, stepwise.receipt(batch, sequence).kvs_kept
+  stepwise.compress(batch, sequence)
   assert sequence.freed_blocks == freed
-  assert (batch.receipt(sequence).kvs_kept == lengths).all()
+  assert (stepwise.receipt(batch, sequence).kvs_kept == lengths).all()
 
 
 def test_three_lengths_compile_no_more_than_one():
   llm = LLM(STORIES, max_num_seqs=3, block_size=8, chunk_size=32)
-  jitted = (steps.prefill_chunk, steps.decode_step, steps.score_prompt, steps.evict, steps.release)
+  jitted = (steps.prefill_chunk, steps.decode_loop, steps.score_prompt, steps.evict, steps.release)
   compression = Compression(rate=4, interval=4)
 
   def compiles():

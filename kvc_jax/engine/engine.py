@@ -1,0 +1,593 @@
+"""`Engine`: requests join and leave one running batch at any step."""
+
+import collections
+import dataclasses
+import itertools
+import logging
+import operator
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from jax.typing import DTypeLike
+
+from kvc_jax.cache.quantize import FP8
+from kvc_jax.checkpoint.store import load_model
+from kvc_jax.config import LlamaConfig
+from kvc_jax.engine import footprint
+from kvc_jax.engine.batch import Batch, Evicted, decode_rule
+from kvc_jax.engine.output_text import OutputText
+from kvc_jax.engine.pool import calibrated_scales, check_sizes, context_length, pool_config
+from kvc_jax.engine.request import EngineStats, FinishReason, SamplingParams, TokenLogprobs, Update
+from kvc_jax.engine.scheduler import Scheduler
+from kvc_jax.engine.sequence import Sequence
+from kvc_jax.engine.steps import Decoded
+from kvc_jax.errors import InputError, QueueFull, check_count
+from kvc_jax.eviction.compression import Compression
+from kvc_jax.eviction.score import ScoringRule
+from kvc_jax.eviction.score_window import WindowAttention
+from kvc_jax.eviction.step import Allocation
+from kvc_jax.kernels import backends
+from kvc_jax.model.llama import unstack_layers
+from kvc_jax.sampling import Logprobs
+from kvc_jax.tokenizer import IncrementalDecoder, Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+  """Continuous batching on one cache. Not thread-safe: one thread calls it.
+
+  Each step runs at most `chunks_per_step` prompt chunks and, for all sequences that
+  decode, up to `steps_per_sync` tokens; a prompt never holds up the others for longer
+  than its chunk. A request's text depends on the request and the pool's size, not on
+  what else is served (`Compression.on_demand` gives that up).
+
+  Attributes:
+    tokenizer: of the model folder.
+    max_model_len: most tokens of prompt and output together.
+    config: shape of the cache.
+    model: the model.
+    batch: the cache, and the transitions on it.
+  """
+
+  def __init__(
+      self,
+      model: str | pathlib.Path,
+      *,
+      dtype: DTypeLike | None = None,
+      kv_cache_dtype: str = "auto",
+      max_model_len: int | None = None,
+      max_num_seqs: int = 8,
+      block_size: int = 16,
+      chunk_size: int = 256,
+      num_blocks: int | None = None,
+      kv_cache_memory_bytes: int | None = None,
+      seed: int = 0,
+      max_waiting: int | None = None,
+      steps_per_sync: int = 8,
+      chunks_per_step: int = 1,
+      swap_bytes: int = 4 << 30,
+      rules: tuple[ScoringRule, ...] = (WindowAttention(),),
+      allocations: tuple[Allocation, ...] = ("all",),
+      compilation_cache_dir: str | pathlib.Path | None = None,
+      progress: bool = False,
+  ):
+    """Loads a model and allocates the pool.
+
+    Args:
+      model: folder of a Hugging Face or converted checkpoint.
+      dtype: of weights and cache; the checkpoint's own by default.
+      kv_cache_dtype: "auto" for that of the weights, or "fp8" (e4m3, a scale per
+        head): half the bytes of bfloat16 per KV.
+      max_model_len: the model's own context by default, and at most that.
+      max_num_seqs: S, sequences that run at once.
+      block_size: P, KVs in a block; a power of two.
+      chunk_size: tokens of a prefill chunk.
+      num_blocks: size of the pool, with the null block.
+      kv_cache_memory_bytes: size of the pool, where num_blocks is not given. By
+        default what max_num_seqs full sequences need, but at most 90% of the
+        device's free memory (1 GiB on the CPU).
+      seed: of requests that bring none.
+      max_waiting: sequences that may wait; None for any number.
+      steps_per_sync: K, most decode steps between two looks at their results. More
+        make the host's part smaller, and stop strings and new requests later.
+      chunks_per_step: prompt chunks between decode steps.
+      swap_bytes: host memory for sequences that gave way; beyond it they start over.
+      rules: scoring rules that `warm_up` compiles for; a request with another one
+        compiles it when it comes.
+      allocations: likewise.
+      compilation_cache_dir: folder of JAX's persistent compilation cache, for the
+        whole process; None leaves it as it is.
+      progress: show a progress bar while loading, where stderr is a terminal.
+
+    Raises:
+      InputError: a missing or broken model folder, or sizes that do not fit.
+    """
+    check_sizes(block_size, chunk_size, max_num_seqs, kv_cache_dtype)
+    check_count("Engine: steps_per_sync", steps_per_sync, at_least=1, at_most=1024)
+    check_count("Engine: chunks_per_step", chunks_per_step, at_least=1)
+    if max_waiting is not None:
+      check_count("Engine: max_waiting", max_waiting, at_least=0)
+    if compilation_cache_dir is not None:
+      jax.config.update("jax_compilation_cache_dir", os.fspath(compilation_cache_dir))
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    shape = LlamaConfig.from_folder(model)
+    self.tokenizer = Tokenizer.from_folder(model)
+    self.model = load_model(model, dtype=dtype, progress=progress)
+    if backends.device_capability() is not None:
+      self.model = unstack_layers(self.model)
+    self.max_model_len = context_length(max_model_len, shape.max_position_embeddings)
+    self.config = pool_config(
+        self.model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes,
+        FP8 if kv_cache_dtype == "fp8" else self.model.embed.embedding[...].dtype)
+    scales = calibrated_scales(self.model, self.max_model_len) if kv_cache_dtype == "fp8" else None
+    self.batch = Batch(self.model, self.config, min(chunk_size, self.max_model_len), scales, steps_per_sync)
+    self._eos_ids = self.tokenizer.eos_ids | frozenset(shape.eos_token_ids)
+    self._seeds = np.random.SeedSequence(seed)
+    self._ids, self._orders = itertools.count(), itertools.count()
+    self._max_waiting, self._chunks_per_step, self._swap_bytes = max_waiting, chunks_per_step, swap_bytes
+    self._kinds = list(itertools.product(rules, allocations))
+    self._compiled: set[tuple[ScoringRule, Allocation]] | None = None  # until warm_up
+    self._counts: collections.Counter[str] = collections.Counter()
+    self._start_empty()
+
+  def _start_empty(self) -> None:
+    self._scheduler = Scheduler(self.config)
+    self._requests: dict[int, list[Sequence]] = {}
+    self._flight: _Flight | None = None
+    self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
+    self._stalled = False  # a sequence got no block
+
+  def reset(self) -> None:
+    """Drops all requests and empties the cache, whatever state an exception may have left it in."""
+    self.batch.reset()
+    self._start_empty()
+
+  # ------------------------------------------------------------------------- requests
+
+  def encode(self, prompt: str | list[int], name: str = "the prompt") -> list[int]:
+    """Token ids of a prompt, checked.
+
+    Raises:
+      InputError: it is empty, too long, or out of the vocabulary; `name` stands for it in the message.
+    """
+    ids = self._token_ids(prompt, name)
+    vocab = self.model.config.vocab_size
+    if not ids:
+      raise InputError(f"{name} has no tokens; give at least one token id")
+    wrong = [i for i in ids if not 0 <= i < vocab]
+    if wrong:
+      raise InputError(f"{name}: token id {wrong[0]} is outside the vocabulary of {vocab} tokens")
+    if len(ids) >= self.max_model_len:
+      raise InputError(
+          f"{name} has {len(ids)} tokens, but the context is {self.max_model_len} with at least one "
+          "to generate; shorten it or raise max_model_len up to the model's own context")
+    return ids
+
+  def _token_ids(self, prompt: Any, name: str) -> list[int]:
+    if isinstance(prompt, str):
+      return self.tokenizer.encode(prompt)
+    if isinstance(prompt, bytes):
+      raise InputError(f"{name} is bytes; decode it to text first")
+    try:
+      return [operator.index(i) for i in prompt]
+    except TypeError:
+      raise InputError(f"{name} is neither a text nor a list of token ids") from None
+
+  def check_fits(self, name: str, prompt_tokens: int, compression: Compression | None) -> None:
+    """Raises InputError where the pool is too small for a request even when nothing else runs."""
+    footprint.prefill_interval(self.config, name, prompt_tokens, compression)
+
+  def add(
+      self, prompt: str | list[int], params: SamplingParams | None = None, compression: Compression | None = None,
+      *, return_positions: bool = False,
+  ) -> int:
+    """Takes a request; it waits until `step` starts it.
+
+    Args:
+      prompt: text or token ids.
+      params: how to sample; by default as `SamplingParams()`.
+      compression: None holds every KV.
+      return_positions: put the positions of the KVs held at the end into the receipt.
+
+    Returns:
+      The request's id, which its updates bear.
+
+    Raises:
+      InputError: the prompt is empty, too long, out of the vocabulary, or too large
+        for the whole pool.
+      QueueFull: `max_waiting` sequences wait already.
+    """
+    params = SamplingParams() if params is None else params
+    _check_types(params, compression)
+    ids = self.encode(prompt)
+    interval = footprint.prefill_interval(self.config, "the prompt", len(ids), compression)
+    if self._max_waiting is not None and len(self._scheduler.waiting) + params.n > self._max_waiting:
+      raise QueueFull(f"{len(self._scheduler.waiting)} sequences wait and {self._max_waiting} may; try again later")
+    self._notice(compression)
+    if params.seed is None:  # another one for every request that this engine ever serves
+      params = dataclasses.replace(params, seed=int(self._seeds.spawn(1)[0].generate_state(1)[0]))
+    request_id = next(self._ids)
+    sequences = [
+        self._sequence(request_id, ids, params, compression, sample, interval, return_positions)
+        for sample in range(params.n)]
+    self._requests[request_id] = sequences
+    self._scheduler.waiting.extend(sequences)
+    return request_id
+
+  def _notice(self, compression: Compression | None) -> None:
+    """Says in a line that a request of a kind that `warm_up` does not know will make the engine compile."""
+    if compression is None or self._compiled is None:
+      return
+    kind = compression.scoring, compression.allocation
+    if kind not in self._compiled:
+      self._compiled.add(kind)
+      _log.warning("steps for %r with allocation %r compile while serving; give them to Engine for warm_up", *kind)
+
+  def _sequence(self, request_id, ids, params, compression, sample, interval, positions) -> Sequence:
+    if sample:
+      params = dataclasses.replace(
+          params, seed=int(np.random.SeedSequence((params.seed, sample)).generate_state(1)[0]))
+    decoder = IncrementalDecoder(self.tokenizer, skip_special_tokens=params.skip_special_tokens, context=ids)
+    stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+    return Sequence(
+        request_id=request_id, sample=sample, order=next(self._orders), prompt=ids, params=params,
+        compression=compression, prefill_interval=interval, stop_ids=stop_ids, positions=positions,
+        output=OutputText(decoder, params.stop_strings))
+
+  def cancel(self, request_id: int) -> bool:
+    """Ends a request without a further update; its slots and blocks are free at once.
+
+    Waits for the step in flight.
+
+    Returns:
+      False where the request is unknown or has ended.
+    """
+    if request_id not in self._requests:
+      return False
+    self._collect()
+    for sequence in self._requests.pop(request_id):
+      if sequence.slot >= 0:
+        self.batch.release(sequence)
+      self._scheduler.end(sequence)
+      self._news = [s for s in self._news if s is not sequence]
+      self._counts["cancelled"] += sequence.receipt is None
+    return True
+
+  @property
+  def has_work(self) -> bool:
+    """Whether a request has updates to come."""
+    return bool(self._requests)
+
+  # ----------------------------------------------------------------------------- step
+
+  def step(self) -> list[Update]:
+    """Carries all requests on, and returns what is new since the last step.
+
+    Results are read, the next work is chosen and dispatched, and while the device
+    runs it the tokens that were read become text. So updates come one step after
+    their tokens were drawn. Where it raises, the cache may be lost: call `reset`.
+    """
+    self._schedule()
+    self._run()
+    return self._postprocess()
+
+  def _schedule(self) -> None:
+    """Reads results, lets go of what ended, compresses what is due, and makes room."""
+    self._collect()
+    ended = [s for s in self._scheduler.running if s.finish_reason]
+    self._let_go(ended)
+    self._compress([s for s in self._scheduler.running if s.decodes and s.is_due])
+    if self._stalled and not ended:
+      self._make_room()
+    elif self.batch.has_free_slot:
+      self._make_room_to_start()
+    self._stalled = False
+
+  def _run(self) -> None:
+    """Dispatches prompt chunks, then decode steps."""
+    prefilled = [self._prefill_chunk() for _ in range(self._chunks_per_step)]
+    self._decode(1 if any(prefilled) else self.batch.steps_per_sync)
+
+  def _postprocess(self) -> list[Update]:
+    """Turns tokens into text and updates."""
+    updates = []
+    news, self._news = self._news, []
+    for sequence in news:
+      sequence.decode_text()
+      update = sequence.update()
+      if update is not None:
+        updates.append(update)
+      if sequence.finish_reason:
+        self._forget(sequence)
+    return updates
+
+  def _forget(self, sequence: Sequence) -> None:
+    left = self._requests[sequence.request_id]
+    left.remove(sequence)
+    if not left:
+      del self._requests[sequence.request_id]
+
+  # --------------------------------------------------------------------- reading back
+
+  @property
+  def _in_flight(self) -> "_Flight":
+    """What has been dispatched since results were last read."""
+    if self._flight is None:
+      self._flight = _Flight()
+    return self._flight
+
+  def _collect(self) -> None:
+    """Waits for what was dispatched and notes what came of it."""
+    flight, self._flight = self._flight, None
+    if flight is None:
+      return
+    arrays = (
+        [(d.found.counts, d.found.tokens) for d in flight.decoded], [f.token for f in flight.first],
+        [freed for _, freed in flight.evicted], flight.given, self.batch.usage())
+    decoded, first, evicted, given, (held, free) = jax.device_get(arrays)
+    for (sequences, _), freed in zip(flight.evicted, evicted, strict=True):
+      for sequence, blocks in zip(sequences, freed, strict=False):
+        sequence.freed_blocks += int(blocks)
+        self._counts["compressions"] += 1
+        self._counts["freed_blocks"] += int(blocks)
+    news = [(1, f.sequence) for f, token in zip(flight.first, first, strict=True) if self._take_first(f, token)]
+    for dispatched, (counts, tokens) in zip(flight.decoded, decoded, strict=True):
+      news += self._take_decoded(dispatched, counts, tokens)
+    for sequence, ok in zip(flight.given_to, given, strict=True):
+      if not ok:  # a scoring rule of infinite values can keep more than the budget
+        sequence.finish_reason = "cache_full"
+        news.append((0, sequence))
+    for _, sequence in sorted(news, key=lambda pair: pair[0]):
+      self._note(sequence)
+    self._scheduler.free_blocks = int(free)
+    for sequence in self._scheduler.running:
+      sequence.held_blocks = int(held[sequence.slot])
+
+  def _note(self, sequence: Sequence) -> None:
+    if sequence not in self._news:
+      self._news.append(sequence)
+
+  def _take_first(self, first: "_First", token: np.ndarray) -> bool:
+    sequence = first.sequence
+    if sequence.token_ids or sequence.finish_reason:  # it started over: its first token is known
+      return False
+    self._accept(sequence, [int(token[0])], [] if first.logprobs is None else [_row(jax.device_get(first.logprobs), 0)])
+    return True
+
+  def _take_decoded(
+      self, dispatched: "_Dispatched", counts: np.ndarray, drawn: np.ndarray
+  ) -> list[tuple[int, Sequence]]:
+    """Notes the steps [S] and tokens [K, S] of one loop; returns how many new tokens each sequence got."""
+    news = []
+    asks = any(s.params.logprobs is not None for s in dispatched.sequences)
+    logprobs = jax.device_get(dispatched.found.logprobs) if asks else None
+    for sequence, limit in zip(dispatched.sequences, dispatched.limits, strict=True):
+      count, slot = int(counts[sequence.slot]), sequence.slot
+      known = len(sequence.token_ids) - 1 - sequence.steps  # run again, not drawn
+      sequence.steps += count
+      tokens = [int(token) for token in drawn[known:count, slot]]
+      asked = sequence.params.logprobs is not None and logprobs is not None
+      rows = [_row(logprobs, (step, slot)) for step in range(known, count)] if asked else []
+      if tokens:
+        news.append((self._accept(sequence, tokens, rows), sequence))
+      self._stalled |= count < limit and not sequence.finish_reason
+    return news
+
+  def _accept(self, sequence: Sequence, tokens: list[int], rows: list[tuple]) -> int:
+    top = sequence.params.logprobs or 0
+    logprobs = [
+        TokenLogprobs(token_id=token, logprob=float(drawn), top=tuple(zip(ids[:top].tolist(), best[:top].tolist(),
+                                                                          strict=True)))
+        for token, (drawn, best, ids) in zip(tokens, rows, strict=False)]
+    taken = sequence.accept(tokens, logprobs, self.max_model_len)
+    self._counts["generated_tokens"] += taken
+    return taken
+
+  def _let_go(self, ended: list[Sequence]) -> None:
+    """Writes the receipts of sequences that ended, and frees their slots and blocks."""
+    for sequence, receipt in zip(ended, self.batch.receipts(ended), strict=True):
+      sequence.receipt = receipt
+      self.batch.release(sequence)
+      self._scheduler.end(sequence)
+      self._counts["finished"] += 1
+
+  # --------------------------------------------------------------------------- memory
+
+  def _compress(self, sequences: list[Sequence]) -> None:
+    """Compresses each of these to its budget."""
+    groups = collections.defaultdict(list)
+    for sequence in sequences:
+      assert sequence.compression is not None
+      groups[sequence.compression.scoring, sequence.compression.allocation].append(sequence)
+    for group in groups.values():
+      self._in_flight.evicted += self.batch.compress(group)
+
+  def _make_room(self) -> None:
+    """No block was free for somebody: compress on demand, or the newest gives way, or it ends if it is alone."""
+    running = self._scheduler.running
+    alone = len(running) == 1
+    # Alone a sequence meets a full pool at the same token whatever else was served.
+    shrinkable = [
+        s for s in running if s.decodes and s.compression and footprint.excess_blocks(self.config, s)
+        and (s.compression.on_demand or (alone and s.compression.scores_decode))]
+    if shrinkable:
+      self._compress(shrinkable)
+    elif alone:
+      self._finish(running[0], "cache_full")
+    elif running:
+      self._preempt(running[-1])
+
+  def _make_room_to_start(self) -> None:
+    """Compresses on demand where that lets the first of those that wait start."""
+    running = self._scheduler.running
+    shrinkable = [s for s in running if s.decodes and s.compression and s.compression.on_demand]
+    excess = {s: footprint.excess_blocks(self.config, s) for s in shrinkable}
+    lacking = self._scheduler.blocks_lacking()
+    if 0 < lacking <= sum(excess.values()):
+      self._compress([s for s in shrinkable if excess[s]])
+
+  def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+    sequence.finish_reason = reason
+    self._let_go([sequence])
+    self._note(sequence)
+
+  def _preempt(self, sequence: Sequence) -> None:
+    """Sends a running sequence back to the queue, with its cache in host memory where there is room for it."""
+    swapped = sum(s.snapshot.nbytes for s in self._scheduler.waiting if s.snapshot)
+    size = sequence.held_blocks * self.config.bytes_per_block
+    if sequence.decodes and swapped + size <= self._swap_bytes:
+      self.batch.swap_out(sequence)
+      self._counts["swaps"] += 1
+    else:
+      self.batch.release(sequence)
+      sequence.restart()
+    self._scheduler.give_way(sequence)
+    self._counts["preemptions"] += 1
+
+  def _admit(self) -> Sequence | None:
+    """Starts those that may start, up to the first that has a prompt to prefill, which it returns."""
+    while self.batch.has_free_slot and (sequence := self._scheduler.next_to_start()):
+      self._scheduler.start(sequence)
+      if sequence.snapshot is None:
+        self.batch.take_slot(sequence)
+        return sequence
+      self._scheduler.claim(sequence, sequence.snapshot.blocks(self.config.block_size))
+      self._in_flight.given.append(self.batch.swap_in(sequence))
+      self._in_flight.given_to.append(sequence)
+    return None
+
+  # -------------------------------------------------------------------------- running
+
+  def _prefill_chunk(self) -> bool:
+    """Dispatches the next piece of the prompt whose turn it is; False where there is none."""
+    sequence = self._scheduler.prefilling or self._admit()
+    if sequence is None:
+      return False
+    count = footprint.next_piece(sequence, self.batch.chunk_size)
+    blocks = footprint.blocks_behind(self.config, sequence, count)
+    if blocks - sequence.held_blocks > self._scheduler.free_blocks:
+      return False  # until others have ended
+    self._scheduler.claim(sequence, blocks)
+    logits, ok = self.batch.prefill(sequence, count)
+    self._counts["prompt_tokens"] += count
+    self._in_flight.given.append(ok)
+    self._in_flight.given_to.append(sequence)
+    ends, interval = sequence.prefilled == len(sequence.prompt), sequence.prefill_interval
+    if sequence.compression and (ends or (interval and sequence.prefilled % interval == 0)):
+      self.batch.score(sequence)
+      self._compress([sequence])
+    if ends:
+      sequence.observation = None
+      if not sequence.token_ids:
+        token, logprobs = self.batch.first_token(logits, sequence)
+        wanted = sequence.params.logprobs is not None
+        self._in_flight.first.append(_First(sequence, token, logprobs if wanted else None))
+    return True
+
+  def _decode(self, most_steps: int) -> None:
+    """Dispatches decode steps, once for each way of keeping scores."""
+    rows = [s for s in self._scheduler.running if s.decodes]
+    intervals = [s.compression.interval for s in rows if s.compression and s.compression.interval]
+    if intervals:
+      # As many steps as divide the shortest interval evenly: else sequences would often wait for the loop's end.
+      shortest = min(intervals)
+      most_steps = min(most_steps, -(-shortest // -(-shortest // most_steps)))
+    groups = collections.defaultdict(list)
+    for sequence in rows:
+      groups[decode_rule(sequence.compression)].append(sequence)
+    plain = groups.pop(None, [])
+    scored = list(groups.values()) or ([[]] if plain else [])
+    for group in scored:
+      group += plain  # whoever needs no scores goes with the first group
+      plain = []
+      limits = [min(s.steps_left(self.max_model_len), most_steps) for s in group]
+      self._in_flight.decoded.append(_Dispatched(group, limits, self.batch.decode(group, limits, most_steps)))
+
+  # ---------------------------------------------------------------------------- state
+
+  def stats(self) -> EngineStats:
+    """Counts; does not wait for the device."""
+    return EngineStats(
+        running=len(self._scheduler.running), waiting=len(self._scheduler.waiting),
+        free_blocks=self._scheduler.free_blocks, num_blocks=self.config.num_blocks - 1, **self._counts)
+
+  def kvs_kept(self) -> np.ndarray:
+    """KVs that all running sequences hold, i32 [L, H] (waits for the device)."""
+    return np.asarray(self.batch.state.lengths).sum(axis=1, dtype=np.int32)
+
+  def warm_up(self, progress: bool = False) -> None:
+    """Compiles every program that serving can need, by serving each kind of request once.
+
+    Args:
+      progress: show a progress bar on stderr.
+
+    Raises:
+      RuntimeError: requests are being served.
+    """
+    if self.has_work:
+      raise RuntimeError("warm_up serves requests of its own; call it before the first one is added")
+    counts = self._counts.copy()
+    kinds: list[Compression | None] = [None]
+    for rule, allocation in self._kinds:
+      kinds.append(Compression(max_cache_tokens=1, window=1, interval=1, scoring=rule, allocation=allocation))
+    for kind in tqdm.tqdm(kinds, disable=not progress, unit="kind", desc="compiling"):
+      self._serve_one(kind)
+    self._counts = counts
+    self._compiled = set(self._kinds)
+
+  def _serve_one(self, compression: Compression | None) -> None:
+    params = SamplingParams(temperature=1.0, seed=0, max_tokens=3, logprobs=1, ignore_eos=True)
+    self.add([0], params, compression, return_positions=True)
+    swapped = False
+    while self.has_work:
+      self.step()
+      self._collect()
+      decoding = [s for s in self._scheduler.running if s.decodes and s.steps]
+      if decoding and not swapped:
+        self._preempt(decoding[0])
+        swapped = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+  """A token drawn behind a prompt: i32 [1]."""
+
+  sequence: Sequence
+  token: jax.Array
+  logprobs: Logprobs | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dispatched:
+  """A loop of decode steps."""
+
+  sequences: list[Sequence]
+  limits: list[int]
+  found: Decoded
+
+
+@dataclasses.dataclass
+class _Flight:
+  """What was dispatched and not read yet. `given` says whether blocks were there for each of `given_to`."""
+
+  decoded: list[_Dispatched] = dataclasses.field(default_factory=list)
+  first: list[_First] = dataclasses.field(default_factory=list)
+  evicted: list[Evicted] = dataclasses.field(default_factory=list)
+  given: list[jax.Array] = dataclasses.field(default_factory=list)
+  given_to: list[Sequence] = dataclasses.field(default_factory=list)
+
+
+def _row(logprobs: Any, at: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+  return logprobs.drawn[at], logprobs.top[at], logprobs.top_ids[at]
+
+
+def _check_types(params: Any, compression: Any) -> None:
+  if not isinstance(params, SamplingParams):
+    raise InputError("sampling_params must be SamplingParams, or a list of them")
+  if compression is not None and not isinstance(compression, Compression):
+    raise InputError(f"compression is {compression!r}; give a Compression, such as Compression(rate=8), or None")
