@@ -3,15 +3,18 @@
 One kernel. CTAs take equal shares of all tiles (stream_k); of those that share a pair,
 (sequence, KV head), the last merges what the others leave in global memory. Each
 CTA walks downwards through its share, so what it waits for was begun first, by a
-CTA that was started earlier: nothing can wait for ever.
+CTA that was started earlier: nothing can wait for ever. What has come by the time
+that a CTA begins the pair is where its sums begin; the rest is merged at its end.
 
 A CTA is two warpgroups. The producer reads block tables and copies K and V, block by
 block, into a ring in shared memory (TMA); the consumer multiplies. Queries are few,
 so they are the narrow side of the tensor core's products: logits [tile, columns] =
 K q^T and output [D, columns] = V^T p^T. As in paged_decode_triton the observed
-queries take columns beside the group's, and scores change in the ring's copy.
+queries take columns beside the group's. What they add to scores goes to memory as
+additions, made where the L2 cache is: no score is read.
 
-Interpret mode knows no semaphores: there merge_partials_triton's kernel merges.
+Interpret mode knows neither semaphores nor these additions: there merge_partials_triton's
+kernel merges, and scores are read and written.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvc_jax.kernels import backends, merge_partials_triton, stream_k
@@ -63,7 +67,7 @@ def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config
   """
   _, _, _, head_dim = kv.shape
   cores, tile, itemsize = backends.num_cores(), 64, kv.dtype.itemsize
-  stage = tile * (2 * head_dim * itemsize + 8)  # with scores and positions
+  stage = tile * (2 * head_dim * itemsize + 4)  # with positions
   fixed = columns * (head_dim * ((_Q_SLOTS + 1) * itemsize + 4) + tile * itemsize) + 4 * 1024
   for ctas in (2, 1) if columns <= 16 else (1,):
     stages = (_SHARED_BYTES // ctas - (ctas - 1) * 1024 - fixed) // stage
@@ -83,13 +87,14 @@ def paged_decode(
     scale: float,
     power: int = 2,
     buffer: int = 0,
+    every: int = 1,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, Observed | None]:
   """See `paged_decode.paged_decode`; `interpret` runs on the CPU, for tests."""
   columns = _columns(q.shape[1] // tables.shape[2], observed is not None)
   config = config or default_config(kv, columns)
-  plan = triton._Plan.of(q, kv, tables, config, observed, scale, power, buffer)
+  plan = triton._Plan.of(q, kv, tables, config, observed, scale, power, buffer, every)
   packed = stream_k.schedule(lengths, tile=config.tile, ctas=config.ctas)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   results, observed = _attend(plan, q, kv, walk, observed, fused=not interpret, interpret=interpret)
@@ -147,9 +152,9 @@ def _attend(plan, q, kv, walk, observed, *, fused, interpret):
     if fused:
       queries, log_sums = updated["queries"], updated["log_sums"] = jax.new_ref(queries), jax.new_ref(log_sums)
     inputs += [queries, log_sums, observed.query_positions, observed.positions, updated["scores"]]
-    copies += blocks * (2 if plan.buffer else 1)
-    scratch |= {"scores": plgpu.SMEM((stages, tile), jnp.float32), "new_scores": plgpu.SMEM((tile,), jnp.float32)}
+    scratch |= {"gains": plgpu.SMEM((tile,), jnp.float32)}
     if plan.buffer:
+      copies += blocks
       scratch |= {"positions": plgpu.SMEM((stages, tile), jnp.int32)}
   scratch |= {
       "q_full": plgpu.Barrier(num_arrivals=2 if plan.observes else 1, num_barriers=_Q_SLOTS),
@@ -303,7 +308,7 @@ def _copy_queries(cta, pair, table_row, count):
 
 
 def _copy_blocks(cta, blocks, slot):
-  """Starts the copies of one tile's K, V, scores and positions."""
+  """Starts the copies of one tile's K, V and positions."""
   plan, refs, smem, size = cta.plan, cta.refs, cta.smem, cta.plan.block_size
   rows = [pl.multiple_of(block * (2 * size), size) for block in blocks]
   value_rows = [pl.multiple_of(block * (2 * size) + size, size) for block in blocks]
@@ -317,15 +322,10 @@ def _copy_blocks(cta, blocks, slot):
         to = pl.ds(j * size, size)
         plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(rows[j], size)], smem["k"].at[slot, to], full)
         plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(value_rows[j], size)], smem["v"].at[slot, to], full)
-        if plan.observes:
-          _copy_row(refs["scores"].at[block], smem["scores"].at[slot, to], full)
-          if plan.buffer:
-            _copy_row(refs["positions"].at[block], smem["positions"].at[slot, to], full)
-
-
-def _copy_row(source, target, barrier):
-  """Copies a row without a tensor map, which would want `target` aligned to 128 bytes."""
-  plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+        if plan.observes and plan.buffer:
+          # Without a tensor map, which would want the target aligned to 128 bytes.
+          plgpu.copy_gmem_to_smem(refs["positions"].at[block], smem["positions"].at[slot, to], full,
+                                  oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
 # ---------------------------------------------------------------------------------- consumer
@@ -339,23 +339,28 @@ def _consume(cta):
   def visit(pair, table_row, ring, begin, end, count):
     q_slot = lax.rem(count, _Q_SLOTS)
     length = cta.refs["lengths"][table_row]
-    sharers = cta.row.ctas_of(pair)  # long before they are needed
+    others = None if cta.partial_done is None else _Others.of(cta, pair)
     behind = _Behind.of(cta, pair, table_row, length) if plan.observes else None
     plgpu.barrier_wait(smem["q_full"].at[q_slot])
     smem["q"].T[...] = plgpu.load(smem["q_raw"].at[q_slot].T, layout=_MATRIX, optimized=False)
     if cta.partial_done is None:
       plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
     plgpu.commit_smem()
-    top = plgpu.layout_cast(jnp.full((heads,), -jnp.inf, jnp.float32), _BY_HEAD)
+    acc, top, total = (
+        plgpu.layout_cast(jnp.zeros((head_dim, heads), jnp.float32), _MATRIX),
+        plgpu.layout_cast(jnp.full((heads,), -jnp.inf, jnp.float32), _BY_HEAD),
+        plgpu.layout_cast(jnp.zeros((heads,), jnp.float32), _BY_HEAD))
+    if others is not None:
+      acc, top, total = others.merge(others.first, others.late, acc, top, total)
+    first_row = plgpu.broadcasted_iota(jnp.int32, (tile_size, heads), 0, layout=_MATRIX) == 0
     acc, top, total = lax.fori_loop(
         begin, end, functools.partial(_attend_tile, cta, table_row, ring, length, behind), (
-            plgpu.layout_cast(jnp.zeros((head_dim, heads), jnp.float32), _MATRIX),
-            top if behind is None else behind.log_sums(top),
-            plgpu.layout_cast(jnp.zeros((tile_size, heads), jnp.float32), _MATRIX)))
-    if cta.partial_done is None:
+            acc, top if behind is None else behind.log_sums(top),
+            jnp.where(first_row, _over(total, tile_size), 0.0)))
+    if others is None:
       _store_partial(cta, pair, acc, top, jnp.sum(total, axis=0))
     else:
-      _finish(cta, pair, sharers, table_row, q_slot, acc, top, jnp.sum(total, axis=0))
+      _finish(cta, others, table_row, q_slot, acc, top, jnp.sum(total, axis=0))
       plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
 
   cta.for_each_pair(visit)
@@ -388,10 +393,10 @@ def _attend_tile(cta, table_row, ring, length, behind, tile, carry):
   weights = jnp.exp2(logits - _over(new_top, size))
   smem["p"].T[...] = weights.astype(smem["p"].dtype)
   if behind is not None:
-    behind.add(slot, tile, weights)
+    behind.gains(slot, tile, weights)
   plgpu.commit_smem()
   if behind is not None:
-    behind.store(blocks, tile)
+    behind.add(blocks, tile)
 
   def multiply_values(ref):
     plgpu.wgmma(ref, smem["v"].at[slot].T, smem["p"].T)
@@ -439,28 +444,50 @@ def _store_partial(cta, pair, acc, top, total):
     plgpu.commit_smem()
 
 
-def _finish(cta, pair, sharers, table_row, q_slot, acc, top, total):
-  """Merges what the CTAs of a pair found, in the last of them; the others leave theirs to it."""
-  refs, head_dim = cta.refs, cta.plan.head_dim
-  first, stop = sharers
+@dataclasses.dataclass(frozen=True)
+class _Others:
+  """The CTAs [first, stop) that share a pair; the last one, stop - 1, merges.
 
-  @pl.when(cta.index < stop - 1)
-  def _():
-    slot = cta.index + pair
+  Attributes:
+    cta: this one.
+    pair: i32 [].
+    first, stop: i32 [].
+    late: i32 []; where this CTA is the last, what [first, late) left was there when it began: all or none.
+  """
+
+  cta: _Cta
+  pair: jax.Array
+  first: jax.Array
+  stop: jax.Array
+  late: jax.Array
+
+  @classmethod
+  def of(cls, cta, pair):
+    first, stop = cta.row.ctas_of(pair)
+    done = lax.cond(cta.index == stop - 1, lambda: pl.semaphore_read(cta.partial_done.at[pair]), lambda: jnp.int32(0))
+    return cls(cta, pair, first, stop, jnp.where(done == stop - 1 - first, first + done, first))
+
+  def leave(self, acc, top, total):
+    """Leaves what this CTA found to the last one."""
+    refs, head_dim, slot = self.cta.refs, self.cta.plan.head_dim, self.cta.index + self.pair
     refs["out"].at[pl.ds(slot * head_dim, head_dim)][...] = acc
     refs["top"].at[slot][...] = top
     refs["sum"].at[slot][...] = total
     plgpu.commit_smem()  # all threads are done
-    pl.semaphore_signal(cta.partial_done.at[pair])
+    pl.semaphore_signal(self.cta.partial_done.at[self.pair])
 
-  @pl.when(cta.index == stop - 1)
-  def _():
-    pl.when(stop - first > 1)(lambda: plgpu.semaphore_wait(
-        cta.partial_done.at[pair], stop - 1 - first, memory_scope="gpu"))
+  def wait(self):
+    """Waits until all of them have left what they found."""
+    pl.when(self.late < self.stop - 1)(lambda: plgpu.semaphore_wait(
+        self.cta.partial_done.at[self.pair], self.stop - 1 - self.first, memory_scope="gpu"))
+
+  def merge(self, first, stop, acc, top, total):
+    """Adds what CTAs [first, stop) left to acc [D, heads], top and total [heads]."""
+    refs, head_dim = self.cta.refs, self.cta.plan.head_dim
 
     def body(other, carry):
       acc, top, total = carry
-      slot = other + pair
+      slot = other + self.pair
       other_top = plgpu.load(refs["top"].at[slot], layout=_BY_HEAD, optimized=False)
       other_total = plgpu.load(refs["sum"].at[slot], layout=_BY_HEAD, optimized=False)
       other_acc = plgpu.load(refs["out"].at[pl.ds(slot * head_dim, head_dim)], layout=_MATRIX, optimized=False)
@@ -469,8 +496,18 @@ def _finish(cta, pair, sharers, table_row, q_slot, acc, top, total):
       acc = acc * _over(share, head_dim) + other_acc * _over(other_share, head_dim)
       return acc, new_top, total * share + other_total * other_share
 
-    merged, new_top, new_total = lax.fori_loop(first, stop - 1, body, (acc, top, total))
-    _store_merged(cta, pair, merged * _over(1.0 / new_total, head_dim))
+    return lax.fori_loop(first, stop, body, (acc, top, total))
+
+
+def _finish(cta, others, table_row, q_slot, acc, top, total):
+  """Leaves what this CTA found of a pair to the last of its CTAs; or, being the last, merges and stores the output."""
+  pl.when(cta.index < others.stop - 1)(lambda: others.leave(acc, top, total))
+
+  @pl.when(cta.index == others.stop - 1)
+  def _():
+    others.wait()
+    merged, new_top, new_total = others.merge(others.late, others.stop - 1, acc, top, total)
+    _store_merged(cta, others.pair, merged * _over(1.0 / new_total, cta.plan.head_dim))
     if cta.plan.observes:
       _store_observed(cta, table_row, q_slot, (new_top + jnp.log2(new_total)) / _LOG2E)
 
@@ -504,19 +541,19 @@ class _Behind:
   Attributes:
     cta: as elsewhere.
     table_row: i32 [] of the pair.
-    newest: i32 [] the newest position that counts.
-    length: i32 [] KVs of the pair; the last one is newer than the observed query.
+    query_position: i32 [] of the observed query.
+    length: i32 [] KVs of the pair; the last one is newer than the observed query. 0 where the query does not count.
   """
 
   cta: _Cta
   table_row: jax.Array
-  newest: jax.Array
+  query_position: jax.Array
   length: jax.Array
 
   @classmethod
   def of(cls, cta, pair, table_row, length):
-    newest = cta.refs["query_positions"][lax.div(pair, jnp.int32(cta.plan.heads))] - cta.plan.buffer
-    return cls(cta, table_row, newest, length)
+    position = cta.refs["query_positions"][lax.div(pair, jnp.int32(cta.plan.heads))]
+    return cls(cta, table_row, position, jnp.where(lax.rem(position, jnp.int32(cta.plan.every)) == 0, length, 0))
 
   def _head(self):
     return plgpu.broadcasted_iota(jnp.int32, (_width(self.cta.plan),), 0, layout=_BY_HEAD)
@@ -532,26 +569,47 @@ class _Behind:
     """new_top, but in the observed columns `top`."""
     return jnp.where(self._head() < self.cta.plan.group, new_top, top)
 
-  def add(self, slot, tile, weights):
-    """Adds the observed columns of weights [tile, heads] to a tile's scores, in shared memory."""
+  def gains(self, slot, tile, weights):
+    """Leaves in shared memory what the observed columns of weights [tile, heads] add to a tile's scores."""
     plan, smem, size = self.cta.plan, self.cta.smem, self.cta.plan.config.tile
     head = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=_MATRIX)
     chances = jnp.where((head >= plan.group) & (head < 2 * plan.group), weights, 0.0)
-    gain = jnp.sum(chances * chances if plan.power == 2 else chances, axis=1)
+    gain = jnp.sum(chances * chances if plan.power == 2 else chances, axis=1) * plan.every
     token = tile * size + plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=_BY_TOKEN)
     counted = token < self.length - 1
     if plan.buffer:
-      counted &= plgpu.load(smem["positions"].at[slot], layout=_BY_TOKEN, optimized=False) <= self.newest
-    old = plgpu.load(smem["scores"].at[slot], layout=_BY_TOKEN, optimized=False)
+      positions = plgpu.load(smem["positions"].at[slot], layout=_BY_TOKEN, optimized=False)
+      counted &= positions <= self.query_position - plan.buffer
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
-    smem["new_scores"][...] = jnp.where(counted, old + gain, old)
+    smem["gains"][...] = jnp.where(counted, gain, 0.0)
 
-  def store(self, blocks, tile):
-    """Copies a tile's new scores to their blocks."""
+  def add(self, blocks, tile):
+    """Adds a tile's gains to the scores of its blocks."""
     plan, size = self.cta.plan, self.cta.plan.block_size
+    add_row = _add_row_in_l2 if self.cta.partial_done is not None else _add_row
     for j, block in enumerate(blocks):
-      source, target = self.cta.smem["new_scores"].at[pl.ds(j * size, size)], self.cta.refs["scores"].at[block]
       # Behind the end the table row may name another head's blocks.
       held = tile * plan.config.tile + j * size < self.length
-      pl.when(held)(functools.partial(plgpu.copy_smem_to_gmem, source, target, commit_group=False))
+      pl.when(held)(functools.partial(
+          add_row, self.cta.refs["scores"].at[block], self.cta.smem["gains"].at[pl.ds(j * size, size)]))
     plgpu.commit_smem_to_gmem_group()
+
+
+def _add_row(target, source):
+  """Adds a row in shared memory to one in global memory."""
+  target[...] += source[...]
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+def _add_row_in_l2(context, target, source):
+  """The same, begun by one thread and done by the copy engine in the L2 cache: a read would wait for memory.
+
+  As PTX, because Pallas has it for copies with a tensor map alone, which would want the
+  source aligned to 128 bytes.
+  """
+  del context
+  (size,) = source.type.shape
+  mgpu_utils.inline_ptx(
+      f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$0], [$1], {size * 4};",
+      mgpu_utils.memref_ptr(target), mgpu_utils.memref_ptr(source),
+      predicate=mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP), has_side_effects=True)
