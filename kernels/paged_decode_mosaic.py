@@ -3,8 +3,7 @@
 One kernel. CTAs take equal shares of all tiles (stream_k); of those that share a pair,
 (sequence, KV head), the last merges what the others leave in global memory. Each
 CTA walks downwards through its share, so what it waits for was begun first, by a
-CTA that was started earlier: nothing can wait for ever. What has come by the time
-that a CTA begins the pair is where its sums begin; the rest is merged at its end.
+CTA that was started earlier: nothing can wait for ever.
 
 A CTA is two warpgroups. The producer reads block tables and copies K and V, block by
 block, into a ring in shared memory (TMA); the consumer multiplies. Queries are few,
@@ -339,28 +338,23 @@ def _consume(cta):
   def visit(pair, table_row, ring, begin, end, count):
     q_slot = lax.rem(count, _Q_SLOTS)
     length = cta.refs["lengths"][table_row]
-    others = None if cta.partial_done is None else _Others.of(cta, pair)
+    sharers = cta.row.ctas_of(pair)  # long before they are needed
     behind = _Behind.of(cta, pair, table_row, length) if plan.observes else None
     plgpu.barrier_wait(smem["q_full"].at[q_slot])
     smem["q"].T[...] = plgpu.load(smem["q_raw"].at[q_slot].T, layout=_MATRIX, optimized=False)
     if cta.partial_done is None:
       plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
     plgpu.commit_smem()
-    acc, top, total = (
-        plgpu.layout_cast(jnp.zeros((head_dim, heads), jnp.float32), _MATRIX),
-        plgpu.layout_cast(jnp.full((heads,), -jnp.inf, jnp.float32), _BY_HEAD),
-        plgpu.layout_cast(jnp.zeros((heads,), jnp.float32), _BY_HEAD))
-    if others is not None:
-      acc, top, total = others.merge(others.first, others.late, acc, top, total)
-    first_row = plgpu.broadcasted_iota(jnp.int32, (tile_size, heads), 0, layout=_MATRIX) == 0
+    top = plgpu.layout_cast(jnp.full((heads,), -jnp.inf, jnp.float32), _BY_HEAD)
     acc, top, total = lax.fori_loop(
         begin, end, functools.partial(_attend_tile, cta, table_row, ring, length, behind), (
-            acc, top if behind is None else behind.log_sums(top),
-            jnp.where(first_row, _over(total, tile_size), 0.0)))
-    if others is None:
+            plgpu.layout_cast(jnp.zeros((head_dim, heads), jnp.float32), _MATRIX),
+            top if behind is None else behind.log_sums(top),
+            plgpu.layout_cast(jnp.zeros((tile_size, heads), jnp.float32), _MATRIX)))
+    if cta.partial_done is None:
       _store_partial(cta, pair, acc, top, jnp.sum(total, axis=0))
     else:
-      _finish(cta, others, table_row, q_slot, acc, top, jnp.sum(total, axis=0))
+      _finish(cta, pair, sharers, table_row, q_slot, acc, top, jnp.sum(total, axis=0))
       plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
 
   cta.for_each_pair(visit)
@@ -444,50 +438,28 @@ def _store_partial(cta, pair, acc, top, total):
     plgpu.commit_smem()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Others:
-  """The CTAs [first, stop) that share a pair; the last one, stop - 1, merges.
+def _finish(cta, pair, sharers, table_row, q_slot, acc, top, total):
+  """Merges what the CTAs of a pair found, in the last of them; the others leave theirs to it."""
+  refs, head_dim = cta.refs, cta.plan.head_dim
+  first, stop = sharers
 
-  Attributes:
-    cta: this one.
-    pair: i32 [].
-    first, stop: i32 [].
-    late: i32 []; where this CTA is the last, what [first, late) left was there when it began: all or none.
-  """
-
-  cta: _Cta
-  pair: jax.Array
-  first: jax.Array
-  stop: jax.Array
-  late: jax.Array
-
-  @classmethod
-  def of(cls, cta, pair):
-    first, stop = cta.row.ctas_of(pair)
-    done = lax.cond(cta.index == stop - 1, lambda: pl.semaphore_read(cta.partial_done.at[pair]), lambda: jnp.int32(0))
-    return cls(cta, pair, first, stop, jnp.where(done == stop - 1 - first, first + done, first))
-
-  def leave(self, acc, top, total):
-    """Leaves what this CTA found to the last one."""
-    refs, head_dim, slot = self.cta.refs, self.cta.plan.head_dim, self.cta.index + self.pair
+  @pl.when(cta.index < stop - 1)
+  def _():
+    slot = cta.index + pair
     refs["out"].at[pl.ds(slot * head_dim, head_dim)][...] = acc
     refs["top"].at[slot][...] = top
     refs["sum"].at[slot][...] = total
     plgpu.commit_smem()  # all threads are done
-    pl.semaphore_signal(self.cta.partial_done.at[self.pair])
+    pl.semaphore_signal(cta.partial_done.at[pair])
 
-  def wait(self):
-    """Waits until all of them have left what they found."""
-    pl.when(self.late < self.stop - 1)(lambda: plgpu.semaphore_wait(
-        self.cta.partial_done.at[self.pair], self.stop - 1 - self.first, memory_scope="gpu"))
-
-  def merge(self, first, stop, acc, top, total):
-    """Adds what CTAs [first, stop) left to acc [D, heads], top and total [heads]."""
-    refs, head_dim = self.cta.refs, self.cta.plan.head_dim
+  @pl.when(cta.index == stop - 1)
+  def _():
+    pl.when(stop - first > 1)(lambda: plgpu.semaphore_wait(
+        cta.partial_done.at[pair], stop - 1 - first, memory_scope="gpu"))
 
     def body(other, carry):
       acc, top, total = carry
-      slot = other + self.pair
+      slot = other + pair
       other_top = plgpu.load(refs["top"].at[slot], layout=_BY_HEAD, optimized=False)
       other_total = plgpu.load(refs["sum"].at[slot], layout=_BY_HEAD, optimized=False)
       other_acc = plgpu.load(refs["out"].at[pl.ds(slot * head_dim, head_dim)], layout=_MATRIX, optimized=False)
@@ -496,18 +468,8 @@ class _Others:
       acc = acc * _over(share, head_dim) + other_acc * _over(other_share, head_dim)
       return acc, new_top, total * share + other_total * other_share
 
-    return lax.fori_loop(first, stop, body, (acc, top, total))
-
-
-def _finish(cta, others, table_row, q_slot, acc, top, total):
-  """Leaves what this CTA found of a pair to the last of its CTAs; or, being the last, merges and stores the output."""
-  pl.when(cta.index < others.stop - 1)(lambda: others.leave(acc, top, total))
-
-  @pl.when(cta.index == others.stop - 1)
-  def _():
-    others.wait()
-    merged, new_top, new_total = others.merge(others.late, others.stop - 1, acc, top, total)
-    _store_merged(cta, others.pair, merged * _over(1.0 / new_total, cta.plan.head_dim))
+    merged, new_top, new_total = lax.fori_loop(first, stop - 1, body, (acc, top, total))
+    _store_merged(cta, pair, merged * _over(1.0 / new_total, head_dim))
     if cta.plan.observes:
       _store_observed(cta, table_row, q_slot, (new_top + jnp.log2(new_total)) / _LOG2E)
 
