@@ -59,16 +59,14 @@ VARIANTS = {
     "in order": Variant(shuffled=False),
     "in order, scores": Variant(shuffled=False, scores=True),
     "in order, scores, every query": Variant(shuffled=False, scores=True, every=1),
-    "triton": Variant(backend="triton"),
-    "triton, scores": Variant(backend="triton", scores=True),
     "mosaic": Variant(backend="mosaic"),
     "mosaic, scores": Variant(backend="mosaic", scores=True),
     "fp8": Variant(dtype="float8_e4m3fn"),
     "xla": Variant(backend="xla"),
 }
-_ON_ALL_SHAPES = ("plain", "triton")
+_ON_ALL_SHAPES = ("plain", "mosaic")
 _ON_THE_FIRST = (
-    *_ON_ALL_SHAPES, "scores", "triton, scores", "scores, every query", "scores, buffer 10", "in order",
+    *_ON_ALL_SHAPES, "scores", "mosaic, scores", "scores, every query", "scores, buffer 10", "in order",
     "in order, scores", "in order, scores, every query", "fp8")
 PEER_SHAPES = tuple(name for name, shape in bench_common.DECODE_SHAPES.items() if shape.ragged_by != "head")
 
