@@ -18,7 +18,7 @@ class Observed(NamedTuple):
     queries: [L, S, H*G, D] after RoPE, finite; replaced by the new ones, cast to this dtype.
     log_sums: f32 [L, S, H*G] of these queries, +inf where a sequence has none yet, so
       that its probabilities are 0; replaced by the new ones.
-    query_positions: i32 [S] of these queries.
+    query_positions: i32 [S] of these queries; they say which of them count.
   """
 
   scores: jax.Array

@@ -1,7 +1,5 @@
 """Decode attention over block tables that differ for every head: the op."""
 
-from typing import Any
-
 import jax
 from jaxtyping import Array, Float, Int
 
@@ -20,13 +18,15 @@ def paged_decode(
     scale: float,
     power: int = 2,
     buffer: int = 0,
+    every: int = 1,
 ) -> tuple[jax.Array, Observed | None]:
   """Attention of one query token per sequence over the KVs that each head kept.
 
   With `observed`, scores grow by what the sequence's last query attended: the sum
   over its G query heads of probability ** power, for each KV at a position <= the
   query's - buffer (KV-Compress, arXiv 2410.00161: the metric is kept up to date
-  while decoding). The queries of this call are observed in turn.
+  while decoding). The queries of this call are observed in turn. Scattered writes are
+  what that costs; with `every` above 1 fewer queries count, each for as many.
 
   Args:
     q: [S, H*G, D] queries after RoPE; head h*G + g reads KV head h.
@@ -39,6 +39,7 @@ def paged_decode(
     scale: factor on q k^T.
     power: 1 or 2.
     buffer: newest tokens that a query does not count for.
+    every: only queries at positions that are multiples of it count, `every` times each.
 
   Returns:
     Output [S, H*G, D] in the dtype of q; and `observed` with this layer's scores
@@ -54,6 +55,12 @@ def paged_decode(
         f"paged_decode: observed queries {observed.queries.shape} are not those of {tables.shape[0]} layers and "
         f"q {q.shape}")
   backend = backends.choose("paged_decode", backends.shape_of(kv, q_heads // tables.shape[2], q.dtype))
-  runs: dict[str, Any] = {"mosaic": paged_decode_mosaic.paged_decode, "triton": paged_decode_triton.paged_decode}
-  run = runs.get(backend, paged_decode_xla.paged_decode)
-  return run(q, kv, tables, lengths, layer, observed, scale=scale, power=power, buffer=buffer)
+  return _RUNS[backend](
+      q, kv, tables, lengths, layer, observed, scale=scale, power=power, buffer=buffer, every=every)
+
+
+# Jitted, so that a model whose layers are written out traces and lowers the kernel once, not in every layer.
+_RUNS = {
+    name: jax.jit(module.paged_decode, static_argnames=("scale", "power", "buffer", "every"))
+    for name, module in (
+        ("mosaic", paged_decode_mosaic), ("triton", paged_decode_triton), (backends.XLA, paged_decode_xla))}

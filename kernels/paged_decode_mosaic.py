@@ -9,9 +9,11 @@ A CTA is two warpgroups. The producer reads block tables and copies K and V, blo
 block, into a ring in shared memory (TMA); the consumer multiplies. Queries are few,
 so they are the narrow side of the tensor core's products: logits [tile, columns] =
 K q^T and output [D, columns] = V^T p^T. As in paged_decode_triton the observed
-queries take columns beside the group's, and scores change in the ring's copy.
+queries take columns beside the group's. What they add to scores goes to memory as
+additions, made where the L2 cache is: no score is read.
 
-Interpret mode knows no semaphores: there merge_partials_triton's kernel merges.
+Interpret mode knows neither semaphores nor these additions: there merge_partials_triton's
+kernel merges, and scores are read and written.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvc_jax.kernels import backends, merge_partials_triton, stream_k
@@ -63,7 +66,7 @@ def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config
   """
   _, _, _, head_dim = kv.shape
   cores, tile, itemsize = backends.num_cores(), 64, kv.dtype.itemsize
-  stage = tile * (2 * head_dim * itemsize + 8)  # with scores and positions
+  stage = tile * (2 * head_dim * itemsize + 4)  # with positions
   fixed = columns * (head_dim * ((_Q_SLOTS + 1) * itemsize + 4) + tile * itemsize) + 4 * 1024
   for ctas in (2, 1) if columns <= 16 else (1,):
     stages = (_SHARED_BYTES // ctas - (ctas - 1) * 1024 - fixed) // stage
@@ -83,13 +86,14 @@ def paged_decode(
     scale: float,
     power: int = 2,
     buffer: int = 0,
+    every: int = 1,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, Observed | None]:
   """See `paged_decode.paged_decode`; `interpret` runs on the CPU, for tests."""
   columns = _columns(q.shape[1] // tables.shape[2], observed is not None)
   config = config or default_config(kv, columns)
-  plan = triton._Plan.of(q, kv, tables, config, observed, scale, power, buffer)
+  plan = triton._Plan.of(q, kv, tables, config, observed, scale, power, buffer, every)
   packed = stream_k.schedule(lengths, tile=config.tile, ctas=config.ctas)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   results, observed = _attend(plan, q, kv, walk, observed, fused=not interpret, interpret=interpret)
@@ -147,9 +151,9 @@ def _attend(plan, q, kv, walk, observed, *, fused, interpret):
     if fused:
       queries, log_sums = updated["queries"], updated["log_sums"] = jax.new_ref(queries), jax.new_ref(log_sums)
     inputs += [queries, log_sums, observed.query_positions, observed.positions, updated["scores"]]
-    copies += blocks * (2 if plan.buffer else 1)
-    scratch |= {"scores": plgpu.SMEM((stages, tile), jnp.float32), "new_scores": plgpu.SMEM((tile,), jnp.float32)}
+    scratch |= {"gains": plgpu.SMEM((tile,), jnp.float32)}
     if plan.buffer:
+      copies += blocks
       scratch |= {"positions": plgpu.SMEM((stages, tile), jnp.int32)}
   scratch |= {
       "q_full": plgpu.Barrier(num_arrivals=2 if plan.observes else 1, num_barriers=_Q_SLOTS),
@@ -303,7 +307,7 @@ def _copy_queries(cta, pair, table_row, count):
 
 
 def _copy_blocks(cta, blocks, slot):
-  """Starts the copies of one tile's K, V, scores and positions."""
+  """Starts the copies of one tile's K, V and positions."""
   plan, refs, smem, size = cta.plan, cta.refs, cta.smem, cta.plan.block_size
   rows = [pl.multiple_of(block * (2 * size), size) for block in blocks]
   value_rows = [pl.multiple_of(block * (2 * size) + size, size) for block in blocks]
@@ -317,15 +321,10 @@ def _copy_blocks(cta, blocks, slot):
         to = pl.ds(j * size, size)
         plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(rows[j], size)], smem["k"].at[slot, to], full)
         plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(value_rows[j], size)], smem["v"].at[slot, to], full)
-        if plan.observes:
-          _copy_row(refs["scores"].at[block], smem["scores"].at[slot, to], full)
-          if plan.buffer:
-            _copy_row(refs["positions"].at[block], smem["positions"].at[slot, to], full)
-
-
-def _copy_row(source, target, barrier):
-  """Copies a row without a tensor map, which would want `target` aligned to 128 bytes."""
-  plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+        if plan.observes and plan.buffer:
+          # Without a tensor map, which would want the target aligned to 128 bytes.
+          plgpu.copy_gmem_to_smem(refs["positions"].at[block], smem["positions"].at[slot, to], full,
+                                  oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
 # ---------------------------------------------------------------------------------- consumer
@@ -388,10 +387,10 @@ def _attend_tile(cta, table_row, ring, length, behind, tile, carry):
   weights = jnp.exp2(logits - _over(new_top, size))
   smem["p"].T[...] = weights.astype(smem["p"].dtype)
   if behind is not None:
-    behind.add(slot, tile, weights)
+    behind.gains(slot, tile, weights)
   plgpu.commit_smem()
   if behind is not None:
-    behind.store(blocks, tile)
+    behind.add(blocks, tile)
 
   def multiply_values(ref):
     plgpu.wgmma(ref, smem["v"].at[slot].T, smem["p"].T)
@@ -504,19 +503,19 @@ class _Behind:
   Attributes:
     cta: as elsewhere.
     table_row: i32 [] of the pair.
-    newest: i32 [] the newest position that counts.
-    length: i32 [] KVs of the pair; the last one is newer than the observed query.
+    query_position: i32 [] of the observed query.
+    length: i32 [] KVs of the pair; the last one is newer than the observed query. 0 where the query does not count.
   """
 
   cta: _Cta
   table_row: jax.Array
-  newest: jax.Array
+  query_position: jax.Array
   length: jax.Array
 
   @classmethod
   def of(cls, cta, pair, table_row, length):
-    newest = cta.refs["query_positions"][lax.div(pair, jnp.int32(cta.plan.heads))] - cta.plan.buffer
-    return cls(cta, table_row, newest, length)
+    position = cta.refs["query_positions"][lax.div(pair, jnp.int32(cta.plan.heads))]
+    return cls(cta, table_row, position, jnp.where(lax.rem(position, jnp.int32(cta.plan.every)) == 0, length, 0))
 
   def _head(self):
     return plgpu.broadcasted_iota(jnp.int32, (_width(self.cta.plan),), 0, layout=_BY_HEAD)
@@ -532,26 +531,47 @@ class _Behind:
     """new_top, but in the observed columns `top`."""
     return jnp.where(self._head() < self.cta.plan.group, new_top, top)
 
-  def add(self, slot, tile, weights):
-    """Adds the observed columns of weights [tile, heads] to a tile's scores, in shared memory."""
+  def gains(self, slot, tile, weights):
+    """Leaves in shared memory what the observed columns of weights [tile, heads] add to a tile's scores."""
     plan, smem, size = self.cta.plan, self.cta.smem, self.cta.plan.config.tile
     head = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=_MATRIX)
     chances = jnp.where((head >= plan.group) & (head < 2 * plan.group), weights, 0.0)
-    gain = jnp.sum(chances * chances if plan.power == 2 else chances, axis=1)
+    gain = jnp.sum(chances * chances if plan.power == 2 else chances, axis=1) * plan.every
     token = tile * size + plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=_BY_TOKEN)
     counted = token < self.length - 1
     if plan.buffer:
-      counted &= plgpu.load(smem["positions"].at[slot], layout=_BY_TOKEN, optimized=False) <= self.newest
-    old = plgpu.load(smem["scores"].at[slot], layout=_BY_TOKEN, optimized=False)
+      positions = plgpu.load(smem["positions"].at[slot], layout=_BY_TOKEN, optimized=False)
+      counted &= positions <= self.query_position - plan.buffer
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
-    smem["new_scores"][...] = jnp.where(counted, old + gain, old)
+    smem["gains"][...] = jnp.where(counted, gain, 0.0)
 
-  def store(self, blocks, tile):
-    """Copies a tile's new scores to their blocks."""
+  def add(self, blocks, tile):
+    """Adds a tile's gains to the scores of its blocks."""
     plan, size = self.cta.plan, self.cta.plan.block_size
+    add_row = _add_row_in_l2 if self.cta.partial_done is not None else _add_row
     for j, block in enumerate(blocks):
-      source, target = self.cta.smem["new_scores"].at[pl.ds(j * size, size)], self.cta.refs["scores"].at[block]
       # Behind the end the table row may name another head's blocks.
       held = tile * plan.config.tile + j * size < self.length
-      pl.when(held)(functools.partial(plgpu.copy_smem_to_gmem, source, target, commit_group=False))
+      pl.when(held)(functools.partial(
+          add_row, self.cta.refs["scores"].at[block], self.cta.smem["gains"].at[pl.ds(j * size, size)]))
     plgpu.commit_smem_to_gmem_group()
+
+
+def _add_row(target, source):
+  """Adds a row in shared memory to one in global memory."""
+  target[...] += source[...]
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+def _add_row_in_l2(context, target, source):
+  """The same, begun by one thread and done by the copy engine in the L2 cache: a read would wait for memory.
+
+  As PTX, because Pallas has it for copies with a tensor map alone, which would want the
+  source aligned to 128 bytes.
+  """
+  del context
+  (size,) = source.type.shape
+  mgpu_utils.inline_ptx(
+      f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$0], [$1], {size * 4};",
+      mgpu_utils.memref_ptr(target), mgpu_utils.memref_ptr(source),
+      predicate=mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP), has_side_effects=True)

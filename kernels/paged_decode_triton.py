@@ -75,13 +75,14 @@ def paged_decode(
     scale: float,
     power: int = 2,
     buffer: int = 0,
+    every: int = 1,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, Observed | None]:
   """See `paged_decode.paged_decode`; `interpret` runs on the CPU, for tests."""
   _, seqs, heads, _ = tables.shape
   config = config or default_config(kv, seqs * heads)
-  plan = _Plan.of(q, kv, tables, config, observed, scale, power, buffer)
+  plan = _Plan.of(q, kv, tables, config, observed, scale, power, buffer, every)
   packed = stream_k.schedule(lengths, tile=config.tile, ctas=config.ctas)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   return _attend(plan, q, kv, walk, observed, interpret=interpret)
@@ -103,16 +104,17 @@ class _Plan:
   scale: float
   power: int
   buffer: int
+  every: int
   config: Config
 
   @classmethod
-  def of(cls, q, kv, tables, config, observed, scale, power, buffer) -> "_Plan":
+  def of(cls, q, kv, tables, config, observed, scale, power, buffer, every) -> "_Plan":
     _, seqs, heads, max_blocks = tables.shape
     _, _, block_size, head_dim = kv.shape
     return cls(
         pairs=seqs * heads, group=q.shape[1] // heads, heads=heads, head_dim=head_dim, block_size=block_size,
         max_blocks=max_blocks, packed=kv.dtype.itemsize == 1, observes=observed is not None, out_dtype=q.dtype,
-        scale=scale, power=power, buffer=buffer, config=config)
+        scale=scale, power=power, buffer=buffer, every=every, config=config)
 
   @property
   def padded_dim(self) -> int:
@@ -345,7 +347,7 @@ class _Behind:
     rows: bool [rows] which rows of a tile are observed queries.
     log_sums: f32 [rows] theirs, base 2; 0 in the other rows.
     newest: i32 [] the newest position that counts.
-    length: i32 [] KVs of the pair; the last one is newer than the observed query.
+    length: i32 [] KVs of the pair; the last one is newer than the observed query. 0 where the query does not count.
     ref: the kernel's refs by name.
   """
 
@@ -361,8 +363,9 @@ class _Behind:
     rows = (head >= plan.group) & (head < 2 * plan.group)
     at = table_row * plan.group + jnp.where(rows, head - plan.group, 0)
     log_sums = plt.load(ref["log_sums"].at[at], mask=rows, other=0.0) * _LOG2E
-    newest = ref["query_positions"][lax.div(pair, jnp.int32(plan.heads))] - plan.buffer
-    return cls(plan, rows, log_sums, newest, length, ref)
+    position = ref["query_positions"][lax.div(pair, jnp.int32(plan.heads))]
+    length = jnp.where(lax.rem(position, jnp.int32(plan.every)) == 0, length, 0)
+    return cls(plan, rows, log_sums, position - plan.buffer, length, ref)
 
   def start(self, at, token):
     """Reads a tile's old scores [tile] early, for they come late: where they lie, which count, and they."""
@@ -376,7 +379,7 @@ class _Behind:
     at, counted, old = update
     chances = jnp.where(self.rows[:, None], weights, 0.0)
     gain = jnp.sum(chances * chances if self.plan.power == 2 else chances, axis=0)
-    plt.store(self.ref["scores"].at[at], old + gain, mask=counted)
+    plt.store(self.ref["scores"].at[at], old + gain * self.plan.every, mask=counted)
 
 
 # --------------------------------------------------------------------------- merging

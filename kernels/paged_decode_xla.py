@@ -22,12 +22,14 @@ def paged_decode(
     scale: float,
     power: int = 2,
     buffer: int = 0,
+    every: int = 1,
 ) -> tuple[jax.Array, Observed | None]:
   """See `paged_decode.paged_decode`."""
   tables, lengths = tiles_xla.pad_to_tiles(tables[layer]), lengths[layer]  # [S, H, M], [S, H]
   out, log_sums = _attend(_grouped(q, lengths, scale), kv, tables, lengths)
   if observed is not None:
-    observed = _add_scores(observed, kv, tables, lengths, layer, scale=scale, power=power, buffer=buffer)
+    observed = _add_scores(observed, kv, tables, lengths, layer, scale=scale, power=power, buffer=buffer,
+                           every=every)
     observed = _observe(observed, layer, q, log_sums, lengths)
   return out.reshape(q.shape).astype(q.dtype), observed
 
@@ -53,12 +55,13 @@ def _attend(queries, kv, tables, lengths):
   return out, jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), 0.0)
 
 
-def _add_scores(observed, kv, tables, lengths, layer, *, scale, power, buffer):
+def _add_scores(observed, kv, tables, lengths, layer, *, scale, power, buffer, every):
   """Adds the probabilities of the observed queries, whose log-sum-exp is known."""
   queries = _grouped(observed.queries[layer], lengths, scale)
   log_sums = observed.log_sums[layer].reshape(queries.shape[:3])[..., None]
   block_size = kv.shape[2]
-  last_counted = (observed.query_positions - buffer)[:, None, None]
+  counts = observed.query_positions % every == 0
+  last_counted = jnp.where(counts, observed.query_positions - buffer, -1)[:, None, None]
 
   def body(step, scores):
     blocks, held = tiles_xla.tile_of(tables, lengths, step, block_size)
@@ -66,7 +69,7 @@ def _add_scores(observed, kv, tables, lengths, layer, *, scale, power, buffer):
     counted = held & (observed.positions[blocks].reshape(held.shape) <= last_counted)
     logits = tiles_xla.logits_of(queries, tiles_xla.gather(kv, blocks, held, 0), counted[:, :, None])
     gain = jnp.sum(jnp.exp(logits - log_sums) ** power, axis=2)  # [S, H, tile]
-    gain = jnp.where(counted, gain, 0.0).reshape(*blocks.shape, block_size)
+    gain = jnp.where(counted, gain * every, 0.0).reshape(*blocks.shape, block_size)
     # A block belongs to one head: no two gains meet, but in the null block (0).
     return scores.at[blocks].add(gain)
 

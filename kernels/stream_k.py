@@ -52,9 +52,8 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
   stop_pair = jnp.sum(starts[:, None] < high[..., None], axis=2, dtype=jnp.int32)
   # A CTA without work walks no pair.
   records = jnp.stack([jnp.where(low < high, first_pair, stop_pair), stop_pair, low, high], axis=2)
-  first_cta = jnp.sum(high[:, None] <= starts[..., None], axis=2, dtype=jnp.int32)
-  stop_cta = jnp.sum(low[:, None] < ends[..., None], axis=2, dtype=jnp.int32)
-  workers = jnp.stack([first_cta, jnp.where(tiles > 0, stop_cta, first_cta)], axis=2)
+  first_cta = starts // share
+  workers = jnp.stack([first_cta, jnp.where(tiles > 0, (ends + (share - 1)) // share, first_cta)], axis=2)
   return jnp.concatenate(
       [records.reshape(layers, -1), workers.reshape(layers, -1), jnp.zeros_like(total), ends], axis=1).reshape(-1)
 

@@ -154,13 +154,14 @@ def _add_compression_options(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries")
   group.add_argument("--pooling", type=int, help="width of the max-pool of --scoring window; 1 is none")
   group.add_argument("--buffer", type=int, help="newest tokens that a query does not count for")
+  group.add_argument("--decode-every", type=int, help="observe one decode query in so many (default: 2)")
 
 
 _BUDGET_OPTIONS = ("rate", "max_cache_tokens")
 _COMPRESSION_OPTIONS = ("window", "sinks", "allocation", "interval")
 _SCORING_OPTIONS = {
-    "window": ("queries", "power", "reduction", "pooling", "buffer"),
-    "full": ("power", "reduction", "buffer"),
+    "window": ("queries", "power", "reduction", "pooling", "buffer", "decode_every"),
+    "full": ("power", "reduction", "buffer", "decode_every"),
     "random": (),
 }
 

@@ -32,6 +32,9 @@ from kvc_jax.model.llama import Llama
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 
+LAYERS_PER_STEP = 32
+"""Layers of attention that are timed together, ours and the peers': as many as Llama-3.1-8B has."""
+
 # --------------------------------------------------------------------------- timing
 
 

@@ -1,8 +1,10 @@
 """Times paged decode attention on one GPU, beside FlashInfer, JAX's own kernel and torch SDPA.
 
 One row per shape and variant: microseconds of one layer's attention, the bytes of its KVs
-over that time, and this over the read bandwidth measured in the same run. Layers are
-chained, each layer's queries being the output of the one before.
+over that time, and this over the read bandwidth measured in the same run. What is timed is
+a step of 32 layers, as many as Llama-3.1-8B has, with the schedule of work that a step
+computes once. Each layer's queries are the output of the one before; KVs are those of
+fewer layers in turn, for there is no room for 32.
 
   python scripts/bench_decode.py [SHAPE ...] [--variant NAME ...] [--peer NAME ...] [--out FOLDER]
 """
@@ -19,6 +21,7 @@ import numpy as np
 import peers
 
 from kvc_jax.cache.state import CacheState
+from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.kernels import backends
 from kvc_jax.kernels.observed import Observed
 from kvc_jax.kernels.paged_decode import paged_decode
@@ -34,6 +37,7 @@ class Variant:
   Attributes:
     backend: of the op.
     scores: whether scores are kept up to date.
+    every: one query in so many is observed, at the same step in all sequences; what is timed is the mean.
     buffer: newest tokens that a query does not count for; above 0 positions are read too.
     shuffled: whether blocks lie at random, or as a fresh pool hands them out.
     dtype: of the pool; queries are bfloat16.
@@ -41,6 +45,7 @@ class Variant:
 
   backend: str = "auto"
   scores: bool = False
+  every: int = FullAttention().decode_every
   buffer: int = 0
   shuffled: bool = True
   dtype: str = "bfloat16"
@@ -50,18 +55,19 @@ VARIANTS = {
     "plain": Variant(),
     "scores": Variant(scores=True),
     "scores, buffer 10": Variant(scores=True, buffer=10),
+    "scores, every query": Variant(scores=True, every=1),
     "in order": Variant(shuffled=False),
     "in order, scores": Variant(shuffled=False, scores=True),
-    "triton": Variant(backend="triton"),
-    "triton, scores": Variant(backend="triton", scores=True),
+    "in order, scores, every query": Variant(shuffled=False, scores=True, every=1),
     "mosaic": Variant(backend="mosaic"),
     "mosaic, scores": Variant(backend="mosaic", scores=True),
     "fp8": Variant(dtype="float8_e4m3fn"),
     "xla": Variant(backend="xla"),
 }
-_ON_ALL_SHAPES = ("plain", "triton")
+_ON_ALL_SHAPES = ("plain", "mosaic")
 _ON_THE_FIRST = (
-    *_ON_ALL_SHAPES, "scores", "triton, scores", "in order", "in order, scores", "scores, buffer 10", "fp8")
+    *_ON_ALL_SHAPES, "scores", "mosaic, scores", "scores, every query", "scores, buffer 10", "in order",
+    "in order, scores", "in order, scores, every query", "fp8")
 PEER_SHAPES = tuple(name for name, shape in bench_common.DECODE_SHAPES.items() if shape.ragged_by != "head")
 
 
@@ -80,21 +86,22 @@ def time_variant(shape: bench_common.DecodeShape, variant: Variant) -> tuple[ben
     run = jax.jit(functools.partial(_layers, variant=variant), donate_argnums=(0, 1)).lower(q, state).compile()
     slow = variant.backend == backends.XLA
     timing, _ = bench_common.time_calls(
-        lambda carry: run(*carry), (q, state), repeats=2 if slow else 20, rounds=2 if slow else 5)
-  return timing.per(layers), size
+        lambda carry: run(*carry), (q, state), repeats=2 if slow else 6, rounds=2 if slow else 5)
+  return timing.per(bench_common.LAYERS_PER_STEP), size
 
 
 def _layers(q: jax.Array, state: CacheState, *, variant: Variant) -> tuple[jax.Array, CacheState]:
   observed = None
   if variant.scores:
     observed = Observed(state.scores, state.positions, state.queries, state.log_sums, state.num_tokens - 1)
-  for layer in range(state.num_layers):
+  for layer in range(bench_common.LAYERS_PER_STEP):
     q, observed = paged_decode(
-        q, state.kv, state.tables, state.lengths, jnp.int32(layer), observed, scale=q.shape[-1]**-0.5,
-        buffer=variant.buffer)
+        q, state.kv, state.tables, state.lengths, jnp.int32(layer % state.num_layers), observed,
+        scale=q.shape[-1]**-0.5, buffer=variant.buffer, every=variant.every)
   if observed is not None:
     state = dataclasses.replace(
-        state, scores=observed.scores, queries=observed.queries, log_sums=observed.log_sums)
+        state, scores=observed.scores, queries=observed.queries, log_sums=observed.log_sums,
+        num_tokens=state.num_tokens + 1)  # the next step's queries stand one further
   return q, state
 
 

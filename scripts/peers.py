@@ -12,6 +12,7 @@ shapes and those ragged by sequence.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -25,10 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from bench_common import DECODE_SHAPES, DecodeShape
+from bench_common import DECODE_SHAPES, LAYERS_PER_STEP, DecodeShape
 
 _POOL_BYTES = 3 << 30  # at least; many times the L2 cache, so that no call finds its KVs there
-_ROUNDS, _REPEATS = 5, 20
+_ROUNDS, _REPEATS = 5, 5
 
 
 def measure(peer: str, shapes: Sequence[str], dtype: str = "bfloat16", limit: float = 300) -> list[dict[str, Any]]:
@@ -56,8 +57,8 @@ def measure(peer: str, shapes: Sequence[str], dtype: str = "bfloat16", limit: fl
   return rows + [{"shape": name, "peer": peer, "error": reason} for name in missing]
 
 
-def _num_layers(shape: DecodeShape, itemsize: int) -> int:
-  """Layers whose pools are read in turn."""
+def _num_pools(shape: DecodeShape, itemsize: int) -> int:
+  """Pools, of a layer each, that are read in turn."""
   one = int(shape.lengths(1).sum()) * 2 * shape.head_dim * itemsize
   return max(2, -(-_POOL_BYTES // one))
 
@@ -65,19 +66,20 @@ def _num_layers(shape: DecodeShape, itemsize: int) -> int:
 # --------------------------------------------------------------------------- torch
 
 
-def _time_graph(calls: Callable[[], None], count: int) -> tuple[float, float, float]:
-  """Seconds (median, least, most) of one of `count` calls, from replays of one CUDA graph."""
+def _time_graph(call: Callable[[int], None]) -> tuple[float, float, float]:
+  """Seconds (median, least, most) of `call(layer)`, from replays of one CUDA graph of all layers of a step."""
   import torch
 
   stream = torch.cuda.Stream()
   torch.cuda.synchronize()  # the plan was copied on another stream
   with torch.cuda.stream(stream):
-    for _ in range(2):
-      calls()
+    for layer in range(2):
+      call(layer)
   stream.synchronize()
   graph = torch.cuda.CUDAGraph()
   with torch.cuda.graph(graph, stream=stream):
-    calls()
+    for layer in range(LAYERS_PER_STEP):
+      call(layer)
   times = []
   for _ in range(_ROUNDS + 1):
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -86,7 +88,7 @@ def _time_graph(calls: Callable[[], None], count: int) -> tuple[float, float, fl
       graph.replay()
     last.record()
     last.synchronize()
-    times.append(first.elapsed_time(last) / 1e3 / _REPEATS / count)
+    times.append(first.elapsed_time(last) / 1e3 / _REPEATS / LAYERS_PER_STEP)
   times = times[1:]
   return statistics.median(times), min(times), max(times)
 
@@ -104,12 +106,11 @@ def flashinfer(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[floa
   starts = np.concatenate([[0], np.cumsum(pages)])
   indptr, last = (torch.tensor(x, dtype=torch.int32) for x in (starts, lengths - (pages - 1) * shape.block_size))
   indices = torch.randperm(int(pages.sum()), generator=torch.Generator().manual_seed(0)).to(torch.int32).cuda()
-  layers = _num_layers(shape, kind.itemsize)
   q = torch.randn(shape.seqs, shape.kv_heads * shape.group, shape.head_dim, device="cuda", dtype=kind)
   sides = {"NHD": (shape.block_size, shape.kv_heads), "HND": (shape.kv_heads, shape.block_size)}
   for layout, middle in sides.items():
     pools = [torch.randn(int(pages.sum()), 2, *middle, shape.head_dim, device="cuda", dtype=kind)
-             for _ in range(layers)]
+             for _ in range(_num_pools(shape, kind.itemsize))]
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
         torch.zeros(512 << 20, dtype=torch.uint8, device="cuda"), layout, use_cuda_graph=True, use_tensor_cores=True,
         paged_kv_indptr_buffer=indptr.cuda(), paged_kv_indices_buffer=indices.clone(),
@@ -119,11 +120,10 @@ def flashinfer(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[floa
         q_data_type=kind, kv_data_type=kind)
     out = torch.empty_like(q)
 
-    def calls(wrapper=wrapper, pools=pools, out=out):
-      for pool in pools:
-        wrapper.run(q, pool, out=out)
+    def call(layer, wrapper=wrapper, pools=pools, out=out):
+      wrapper.run(q, pools[layer % len(pools)], out=out)
 
-    yield f"{layout} {wrapper._backend}", _time_graph(calls, layers)
+    yield f"{layout} {wrapper._backend}", _time_graph(call)
     del pools, wrapper
 
 
@@ -134,18 +134,17 @@ def torch_sdpa(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[floa
 
   kind = getattr(torch, dtype)
   lengths = torch.tensor(shape.lengths(1)[0, :, 0])
-  longest, layers = int(lengths.max()), _num_layers(shape, kind.itemsize)
+  longest, pools = int(lengths.max()), _num_pools(shape, kind.itemsize)
   q = torch.randn(shape.seqs, shape.kv_heads * shape.group, 1, shape.head_dim, device="cuda", dtype=kind)
   k, v = ([torch.randn(shape.seqs, shape.kv_heads, longest, shape.head_dim, device="cuda", dtype=kind)
-           for _ in range(layers)] for _ in range(2))
+           for _ in range(pools)] for _ in range(2))
   ragged = bool((lengths < longest).any())
   mask = (torch.arange(longest) < lengths[:, None])[:, None, None].cuda() if ragged else None
 
-  def calls():
-    for keys, values in zip(k, v, strict=True):
-      functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+  def call(layer):
+    functional.scaled_dot_product_attention(q, k[layer % pools], v[layer % pools], attn_mask=mask, enable_gqa=True)
 
-  yield "padded, with a mask" if ragged else "gathered", _time_graph(calls, layers)
+  yield "padded, with a mask" if ragged else "gathered", _time_graph(call)
 
 
 # --------------------------------------------------------------------------- JAX
@@ -164,26 +163,26 @@ def jax_paged_attention(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, t
   lengths = shape.lengths(1)[0, :, 0]
   pages = -(-lengths // shape.block_size)
   longest = -(-int(pages.max()) // 16) * 16  # divides among the splits
-  layers = _num_layers(shape, kind.itemsize)
   ids = np.random.default_rng(0).permutation(int(pages.sum())).astype(np.int32)
   tables = np.zeros((shape.seqs, longest), np.int32)
   tables[np.arange(longest) < pages[:, None]] = ids
-  keys = jax.random.split(jax.random.key(0), 2 * layers + 1)
+  keys = jax.random.split(jax.random.key(0), 2 * _num_pools(shape, kind.itemsize) + 1)
   pool = (shape.kv_heads, int(pages.sum()), shape.block_size, shape.head_dim)
   pools = [jax.random.normal(key, pool, kind) for key in keys[1:]]
   q = jax.random.normal(keys[0], (shape.seqs, shape.kv_heads * shape.group, shape.head_dim), kind)
   best = None
   for splits, at_once, warps, stages in ((16, 4, 4, 2), (16, 8, 8, 2), (8, 8, 4, 2), (4, 4, 4, 2)):
 
+    attend = jax.jit(functools.partial(  # jitted, to be lowered once
+        op.paged_attention, k_splits=splits, pages_per_compute_block=at_once, num_warps=warps, num_stages=stages))
+
     @jax.jit
-    def run(q, pools, splits=splits, at_once=at_once, warps=warps, stages=stages):
-      for k, v in zip(pools[::2], pools[1::2], strict=True):
-        q = op.paged_attention(
-            q, k, v, jnp.asarray(tables), jnp.asarray(lengths), k_splits=splits, pages_per_compute_block=at_once,
-            num_warps=warps, num_stages=stages)
+    def run(q, pools, attend=attend):
+      for layer in range(LAYERS_PER_STEP):
+        q = attend(q, *pools[2 * layer % len(pools) :][:2], jnp.asarray(tables), jnp.asarray(lengths))
       return q
 
-    timing = time_calls(lambda q, run=run: run(q, pools), q)[0].per(layers)
+    timing = time_calls(lambda q, run=run: run(q, pools), q, repeats=5)[0].per(LAYERS_PER_STEP)
     if best is None or timing.median < best[1].median:
       best = f"{splits} splits, {at_once} pages, {warps} warps, {stages} stages", timing
   yield best[0], (best[1].median, best[1].least, best[1].most)

@@ -51,6 +51,7 @@ def make_problem(
       positions[tables[at][(lengths[at] - 1) // block_size], (lengths[at] - 1) % block_size] = 121
   q = rng.normal(size=(layers + 1, seqs, heads * group, head_dim))
   query_positions = rng.integers(100, 120, seqs)
+  query_positions[:2] = (107, 105)[:seqs]  # of which one is a multiple of 3
   log_sums = rng.uniform(2, 5, (layers, seqs, heads * group))
   log_sums[:, -1] = np.inf  # a sequence that has not decoded yet
   observed = Observed(
@@ -73,7 +74,9 @@ def expected_output(problem: DecodeProblem, layer: int, scale: float) -> np.ndar
   return np.array(out)
 
 
-def expected_scores(problem: DecodeProblem, layer: int, scale: float, power: int, buffer: int) -> np.ndarray:
+def expected_scores(
+    problem: DecodeProblem, layer: int, scale: float, power: int, buffer: int, every: int = 1,
+) -> np.ndarray:
   """The scores [N, P] afterwards: + sum over G of probability ** power of the observed queries, where they count."""
   observed = problem.observed
   kv, queries = np.asarray(problem.kv, np.float64), np.asarray(observed.queries, np.float64)[layer]
@@ -85,8 +88,9 @@ def expected_scores(problem: DecodeProblem, layer: int, scale: float, power: int
     at = np.repeat(ids, kv.shape[2])[:n], np.tile(np.arange(kv.shape[2]), len(ids))[:n]
     logits = scale * queries[seq].reshape(heads, -1, kv.shape[-1])[head] @ kv[at[0], 0, at[1]].T  # [G, n]
     chances = np.exp(logits - log_sums[seq].reshape(heads, -1)[head][:, None])
-    counted = positions[at] <= int(observed.query_positions[seq]) - buffer
-    scores[at] += np.where(counted, (chances**power).sum(axis=0), 0.0)
+    position = int(observed.query_positions[seq])
+    counted = (positions[at] <= position - buffer) & (position % every == 0)
+    scores[at] += np.where(counted, every * (chances**power).sum(axis=0), 0.0)
   return scores
 
 

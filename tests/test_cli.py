@@ -164,6 +164,7 @@ OPTIONS = {
     "unknown allocation": (["--allocation", "heads"], "invalid choice"),
     "unknown scoring": (["--scoring", "best"], "invalid choice"),
     "option of another scoring": (["--rate", "2", "--scoring", "full", "--pooling", "7"], "--pooling does not go with"),
+    "observe none": (["--rate", "2", "--decode-every", "0"], "decode_every is 0"),
     "power of 3": (["--rate", "2", "--power", "3"], "power is 3"),
     "even pooling": (["--rate", "2", "--pooling", "4"], "odd width"),
     "no observed queries": (["--rate", "2", "--queries", "0"], "queries is 0"),
@@ -271,7 +272,8 @@ def test_a_closed_pipe_is_no_traceback():
 # --- Bad input: the library ----------------------------------------------------------------
 
 
-ODD = {"observed": "sometimes", "queries": 0, "power": 2, "buffer": 0, "pooling": 1, "value": lambda self, kvs: 0}
+ODD = {"observed": "sometimes", "queries": 0, "power": 2, "buffer": 0, "pooling": 1, "decode_every": 1,
+       "value": lambda self, kvs: 0}
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def decode_attention(
   observes = rule is not None and rule.observed != "none"
   out, observed = paged_decode(
       q, state.kv, state.tables, lengths, layer, _observed(state, newest - 1) if observes else None,
-      scale=scale, power=rule.power if rule else 2, buffer=rule.buffer if rule else 0)
+      scale=scale, **({"power": rule.power, "buffer": rule.buffer, "every": rule.decode_every} if rule else {}))
   if observed is not None:
     state = dataclasses.replace(
         state, scores=observed.scores, queries=observed.queries, log_sums=observed.log_sums)

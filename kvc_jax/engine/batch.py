@@ -226,7 +226,8 @@ def decode_rule(compression: Compression | None) -> ScoringRule | None:
   """How decode steps keep scores up to date: one object for all rules that do it alike; None for not at all."""
   if compression is None or not compression.scores_decode or compression.scoring.observed == "none":
     return None
-  return FullAttention(power=compression.scoring.power, buffer=compression.scoring.buffer)
+  scoring = compression.scoring
+  return FullAttention(power=scoring.power, buffer=scoring.buffer, decode_every=scoring.decode_every)
 
 
 _SAMPLING_DTYPES = (np.float32, np.int32, np.float32, np.float32, np.uint32, np.int32)

@@ -47,6 +47,8 @@ class ScoringRule(Protocol):
     power: probability ** power is summed.
     buffer: newest tokens that a query does not count for.
     pooling: width of the max-pool along keys with "last"; 1 is none.
+    decode_every: decode queries at positions that are multiples of it are observed, each
+      counting as many times.
   """
 
   @property
@@ -59,6 +61,8 @@ class ScoringRule(Protocol):
   def buffer(self) -> int: ...
   @property
   def pooling(self) -> int: ...
+  @property
+  def decode_every(self) -> int: ...
 
   def value(self, kvs: HeldKVs) -> jax.Array:
     """Worth of each KV, f32 [B, L, H, K]; the lowest go first. Entries not held are ignored."""
@@ -73,6 +77,7 @@ def check_attention_rule(rule: ScoringRule, reduction: str) -> None:
   if rule.observed == "last":
     check_count("scoring: queries", rule.queries, at_least=1, at_most=_MOST_QUERIES)
   check_count("scoring: buffer", rule.buffer, at_least=0, at_most=_WIDEST_BUFFER)
+  check_count("scoring: decode_every", rule.decode_every, at_least=1, at_most=_WIDEST_BUFFER)
   check_count("scoring: pooling", rule.pooling, at_least=1, at_most=_WIDEST_POOLING)
   if rule.pooling % 2 == 0:
     raise InputError(f"scoring: pooling is {rule.pooling}; an odd width is needed")

@@ -21,6 +21,7 @@ class RandomScore:
   power: ClassVar[int] = 2
   buffer: ClassVar[int] = 0
   pooling: ClassVar[int] = 1
+  decode_every: ClassVar[int] = 1
   seed: int = 0
 
   def value(self, kvs: HeldKVs) -> jax.Array:

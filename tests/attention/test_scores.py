@@ -144,7 +144,8 @@ def test_scores_behind_an_eviction_replace_the_old_and_pool_neighbours_by_positi
 
 
 @pytest.mark.parametrize("rule", [
-    FullAttention(buffer=3), FullAttention(power=1, buffer=0), WindowAttention(queries=4, buffer=1)], ids=repr)
+    FullAttention(buffer=3), FullAttention(power=1, buffer=0, decode_every=1), WindowAttention(queries=4, buffer=1),
+    FullAttention(buffer=2, decode_every=3)], ids=repr)
 def test_a_decode_query_is_scored_by_the_next_step(rule):
   qkv = _random_qkv(2, 20)
   _, state = _prefill(qkv, 32, rule)
@@ -158,7 +159,8 @@ def test_a_decode_query_is_scored_by_the_next_step(rule):
     keys = np.concatenate([qkv[1][layer], new[1][layer, SLOT : SLOT + 1]]).swapaxes(0, 1)
     gain = oracles.decode_scores(
         new[0][layer, SLOT], 20, keys, [np.arange(21)] * HEADS, power=rule.power, buffer=rule.buffer, scale=SCALE)
-    expected = np.pad(np.pad(before[layer], ((0, 0), (0, 1))) + np.array(gain), ((0, 0), (0, 1)))
+    times = 0 if 20 % rule.decode_every else rule.decode_every  # the query stands at position 20
+    expected = np.pad(np.pad(before[layer], ((0, 0), (0, 1))) + times * np.array(gain), ((0, 0), (0, 1)))
     np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
 
 

@@ -21,7 +21,7 @@ def test_the_cpu_runs_xla():
 
 
 @pytest.mark.parametrize(("capability", "change", "expected"), [
-    ((9, 0), {}, "mosaic"),
+    ((9, 0), {}, "triton"),
     ((8, 0), {}, "triton"),
     ((8, 9), {}, "triton"),
     ((7, 5), {}, "xla"),
@@ -42,8 +42,14 @@ def test_a_refusal_is_logged_once(caplog):
     assert [backends.choose("paged_decode", odd) for _ in range(3)] == ["xla"] * 3
   (record,) = caplog.records
   assert record.getMessage() == (
-      "paged_decode runs on XLA, which is slower: mosaic does not take compute capability 8.0; "
-      "triton does not take head_dim 77")
+      "paged_decode runs on XLA, which is slower: triton does not take head_dim 77; "
+      "mosaic does not take compute capability 8.0")
+
+
+def test_mosaic_runs_where_it_is_asked_for():
+  with backends.use("mosaic", (9, 0)):
+    assert backends.choose("paged_decode", SHAPE) == "mosaic"
+    assert backends.choose("compact_kv", SHAPE) == "xla"
 
 
 def test_pools_that_pallas_cannot_address_run_on_xla():

@@ -18,7 +18,7 @@ from decode_problems import (
 from kvc_jax.kernels.kv_write import kv_write
 from kvc_jax.kernels.paged_decode import paged_decode
 
-_decode = jax.jit(paged_decode, static_argnames=("scale", "power", "buffer"))
+_decode = jax.jit(paged_decode, static_argnames=("scale", "power", "buffer", "every"))
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -31,11 +31,12 @@ def test_equals_dense_attention(layer, dtype, tolerance):
   assert output_error(out, expected_output(problem, layer, 0.5)) < tolerance
 
 
-@pytest.mark.parametrize(("power", "buffer"), [(2, 0), (1, 60)])
-def test_scores(power, buffer):
+@pytest.mark.parametrize(("power", "buffer", "every"), [(2, 0, 1), (1, 60, 1), (2, 0, 3)])
+def test_scores(power, buffer, every):
   problem = make_problem(9)
-  _, observed = _decode(*problem.attention, jnp.int32(1), problem.observed, scale=0.5, power=power, buffer=buffer)
-  assert score_error(problem, observed, expected_scores(problem, 1, 0.5, power, buffer)) < 1e-5
+  _, observed = _decode(
+      *problem.attention, jnp.int32(1), problem.observed, scale=0.5, power=power, buffer=buffer, every=every)
+  assert score_error(problem, observed, expected_scores(problem, 1, 0.5, power, buffer, every)) < 1e-5
   np.testing.assert_array_equal(observed.queries[1], problem.q)
   np.testing.assert_array_equal(observed.queries[0], problem.observed.queries[0])
   assert output_error(observed.log_sums[1], expected_log_sums(problem, 1, 0.5)) < 2e-6

@@ -42,12 +42,12 @@ def test_equals_dense_attention(group, head_dim, block_size, dtype):
   assert output_error(out, expected_output(problem, 0, SCALE)) < TOLERANCES[jnp.dtype(dtype).name]
 
 
-@pytest.mark.parametrize(("power", "buffer", "group"), [(2, 0, 4), (1, 60, 3)])
-def test_scores(power, buffer, group):
+@pytest.mark.parametrize(("power", "buffer", "every", "group"), [(2, 0, 1, 4), (1, 60, 1, 3), (2, 0, 3, 2)])
+def test_scores(power, buffer, every, group):
   problem = _problem(group, 64, 16, jnp.float16)
-  out, observed = _interpret(problem, 0, problem.observed, power=power, buffer=buffer)
+  out, observed = _interpret(problem, 0, problem.observed, power=power, buffer=buffer, every=every)
   assert output_error(out, expected_output(problem, 0, SCALE)) < TOLERANCES["float16"]
-  assert score_error(problem, observed, expected_scores(problem, 0, SCALE, power, buffer)) < 1e-4
+  assert score_error(problem, observed, expected_scores(problem, 0, SCALE, power, buffer, every)) < 1e-4
   assert output_error(observed.log_sums[0], expected_log_sums(problem, 0, SCALE)) < 1e-4
 
 

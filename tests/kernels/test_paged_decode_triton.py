@@ -15,7 +15,7 @@ from decode_problems import (
     score_error,
 )
 
-from kvc_jax.kernels import backends, paged_decode_triton, stream_k
+from kvc_jax.kernels import backends, paged_decode_mosaic, paged_decode_triton, stream_k
 from kvc_jax.kernels.paged_decode import paged_decode
 
 SCALE = 0.2
@@ -54,11 +54,11 @@ def test_every_e4m3_number_unpacks_exactly():
   np.testing.assert_array_equal(unpacked[finite], np.asarray(numbers, np.float64)[finite])
 
 
-@pytest.mark.parametrize(("power", "buffer", "group"), [(2, 0, 2), (1, 60, 3)])
-def test_scores(power, buffer, group):
+@pytest.mark.parametrize(("power", "buffer", "every", "group"), [(2, 0, 1, 2), (1, 60, 1, 3), (2, 0, 3, 2)])
+def test_scores(power, buffer, every, group):
   problem = make_problem(group, group=group, head_dim=64, block_size=8, max_blocks=10)
-  _, observed = _interpret(problem, 0, problem.observed, power=power, buffer=buffer)
-  assert score_error(problem, observed, expected_scores(problem, 0, SCALE, power, buffer)) < 1e-5
+  _, observed = _interpret(problem, 0, problem.observed, power=power, buffer=buffer, every=every)
+  assert score_error(problem, observed, expected_scores(problem, 0, SCALE, power, buffer, every)) < 1e-5
   some = np.repeat(np.asarray(problem.lengths)[0] > 0, group, axis=1)[..., None]
   np.testing.assert_array_equal(observed.queries[0], np.where(some, problem.q, problem.observed.queries[0]))
   np.testing.assert_array_equal(observed.queries[1], problem.observed.queries[1])
@@ -107,7 +107,7 @@ GPU_SHAPES = [
 ]
 TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 SCORE_TOLERANCES = {"bfloat16": 2e-2, "float16": 1e-2, "float32": 1e-4}
-_decode = jax.jit(paged_decode, static_argnames=("scale", "power", "buffer"))
+_decode = jax.jit(paged_decode, static_argnames=("scale", "power", "buffer", "every"))
 
 
 def _gpu_problem(group, head_dim, block_size, dtype, seed=0):
@@ -134,13 +134,28 @@ def test_on_the_gpu(backend, group, head_dim, block_size, dtype):
       out, none = _decode(*problem.attention, jnp.int32(layer), scale=SCALE)
       assert none is None
       assert output_error(out, expected_output(problem, layer, SCALE)) < TOLERANCES[name]
-    for power, buffer in ((2, 0), (1, 60)):
+    for power, buffer, every in ((2, 0, 1), (1, 60, 1), (2, 0, 3)):
       out, observed = _decode(
-          *problem.attention, jnp.int32(1), problem.observed, scale=SCALE, power=power, buffer=buffer)
+          *problem.attention, jnp.int32(1), problem.observed, scale=SCALE, power=power, buffer=buffer, every=every)
       assert output_error(out, expected_output(problem, 1, SCALE)) < TOLERANCES[name]
-      expected = expected_scores(problem, 1, SCALE, power, buffer)
+      expected = expected_scores(problem, 1, SCALE, power, buffer, every)
       assert score_error(problem, observed, expected) < SCORE_TOLERANCES[name]
       assert output_error(observed.log_sums[1], expected_log_sums(problem, 1, SCALE)) < TOLERANCES[name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ctas", [1, 5, 11])
+def test_few_ctas_with_many_pairs(ctas):
+  """Some sums of others are there when a CTA begins a pair, some come later."""
+  problem = make_problem(2, seqs=8, heads=4, group=4, head_dim=128, block_size=16, max_blocks=45, dtype=jnp.bfloat16)
+  _skip_without("mosaic", problem)
+  config = paged_decode_mosaic.Config(stages=2, ctas=ctas)
+  for layer in range(2):
+    out, observed = paged_decode_mosaic.paged_decode(
+        *problem.attention, jnp.int32(layer), problem.observed, scale=SCALE, config=config)
+    assert output_error(out, expected_output(problem, layer, SCALE)) < TOLERANCES["bfloat16"]
+    assert score_error(problem, observed, expected_scores(problem, layer, SCALE, 2, 0)) < SCORE_TOLERANCES["bfloat16"]
+    assert output_error(observed.log_sums[layer], expected_log_sums(problem, layer, SCALE)) < TOLERANCES["bfloat16"]
 
 
 @pytest.mark.gpu
