@@ -54,9 +54,13 @@ class Batch:
 
   def reset(self) -> None:
     """Empties the cache, whatever state an exception may have left it in."""
-    for array in jax.tree.leaves(self.state):
-      array.delete()  # before the new pool is made: there may not be room for two
+    self.free()  # before the new pool is made: there may not be room for two
     self._start_empty()
+
+  def free(self) -> None:
+    """Deletes the cache's arrays."""
+    for array in jax.tree.leaves(self.state):
+      array.delete()
 
   def _start_empty(self) -> None:
     self.state = init_cache(self.config, self._kv_scales)

@@ -31,7 +31,7 @@ from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.eviction.step import Allocation
 from kvc_jax.kernels import backends
-from kvc_jax.model.llama import unstack_layers
+from kvc_jax.model.llama import Llama, unstack_layers
 from kvc_jax.sampling import Logprobs
 from kvc_jax.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -56,8 +56,9 @@ class Engine:
 
   def __init__(
       self,
-      model: str | pathlib.Path,
+      model: str | pathlib.Path | Llama,
       *,
+      tokenizer: Tokenizer | None = None,
       dtype: DTypeLike | None = None,
       kv_cache_dtype: str = "auto",
       max_model_len: int | None = None,
@@ -79,7 +80,10 @@ class Engine:
     """Loads a model and allocates the pool.
 
     Args:
-      model: folder of a Hugging Face or converted checkpoint.
+      model: folder of a Hugging Face or converted checkpoint; or a model that is loaded
+        already, which comes with its tokenizer and is used as it is (on a GPU give what
+        `unstack_layers` returns).
+      tokenizer: by default that of the folder.
       dtype: of weights and cache; the checkpoint's own by default.
       kv_cache_dtype: "auto" for that of the weights, or "fp8" (e4m3, a scale per
         head): half the bytes of bfloat16 per KV.
@@ -115,11 +119,17 @@ class Engine:
     if compilation_cache_dir is not None:
       jax.config.update("jax_compilation_cache_dir", os.fspath(compilation_cache_dir))
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    shape = LlamaConfig.from_folder(model)
-    self.tokenizer = Tokenizer.from_folder(model)
-    self.model = load_model(model, dtype=dtype, progress=progress)
-    if backends.device_capability() is not None:
-      self.model = unstack_layers(self.model)
+    if isinstance(model, Llama):
+      if tokenizer is None:
+        raise InputError(
+            "a model that is loaded already comes without a tokenizer; give tokenizer=Tokenizer.from_folder(FOLDER)")
+      shape, self.tokenizer, self.model = model.config, tokenizer, model
+    else:
+      shape = LlamaConfig.from_folder(model)
+      self.tokenizer = tokenizer or Tokenizer.from_folder(model)
+      self.model = load_model(model, dtype=dtype, progress=progress)
+      if backends.device_capability() is not None:
+        self.model = unstack_layers(self.model)
     self.max_model_len = context_length(max_model_len, shape.max_position_embeddings)
     self.config = pool_config(
         self.model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes,
@@ -146,6 +156,10 @@ class Engine:
     """Drops all requests and empties the cache, whatever state an exception may have left it in."""
     self.batch.reset()
     self._start_empty()
+
+  def close(self) -> None:
+    """Frees the cache's memory; the engine is of no use afterwards."""
+    self.batch.free()
 
   # ------------------------------------------------------------------------- requests
 
