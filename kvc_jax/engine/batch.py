@@ -14,6 +14,7 @@ from kvc_jax.engine.sequence import Sequence
 from kvc_jax.eviction.compression import MOST_KEPT_RANGES, Compression
 from kvc_jax.eviction.score import ScoringRule, first_observed
 from kvc_jax.eviction.score_full import FullAttention
+from kvc_jax.model.flat import FlatModel
 from kvc_jax.model.llama import Llama
 from kvc_jax.sampling import Logprobs, SamplingArrays
 
@@ -40,6 +41,7 @@ class Batch:
       self, model: Llama, config: CacheConfig, chunk_size: int, kv_scales: jax.Array | None = None,
       steps_per_sync: int = 1):
     self.model = model
+    self._flat = FlatModel.of(model)
     self.config = config
     self.chunk_size = chunk_size
     self.steps_per_sync = steps_per_sync
@@ -90,7 +92,7 @@ class Batch:
     tokens = np.zeros(self.chunk_size, np.int32)
     tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
     logits, ok, self.state, sequence.observation = steps.prefill_chunk(
-        self.model, self.state, sequence.observation, tokens, np.int32(sequence.slot), np.int32(count), rule=rule)
+        self._flat, self.state, sequence.observation, tokens, np.int32(sequence.slot), np.int32(count), rule=rule)
     sequence.prefilled += count
     return logits, ok
 
@@ -109,7 +111,7 @@ class Batch:
     rules = {rule for s in sequences if (rule := decode_rule(s.compression)) is not None}
     assert len(rules) <= 1, "sequences of one decode call score by different rules"
     found, self.state = steps.decode_loop(
-        self.model, self.state, self._rows(sequences, limits), np.int32(num_steps), rule=next(iter(rules), None))
+        self._flat, self.state, self._rows(sequences, limits), np.int32(num_steps), rule=next(iter(rules), None))
     return found
 
   def _rows(self, sequences: list[Sequence], limits: list[int]) -> steps.DecodeRows:

@@ -37,7 +37,7 @@ def prefill_interval(config: CacheConfig, name: str, prompt_tokens: int, compres
   if compression is None or not evicts:
     raise InputError(
         f"{name} needs {whole} blocks, but the pool has {pool}; raise num_blocks or kv_cache_memory_bytes, shorten "
-        "the prompt, or give a Compression")
+        "the prompt, or compress it")
   interval = asked or DEFAULT_INTERVAL
   while _peak(config, prompt_tokens, compression, interval) > pool and interval > config.block_size:
     interval = max(interval // 2, config.block_size)

@@ -17,6 +17,7 @@ from kvc_jax.cache.state import CacheState
 from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.step import Allocation, Eviction
 from kvc_jax.eviction.step import evict as evict_step
+from kvc_jax.model.flat import FlatModel
 from kvc_jax.model.llama import Llama
 from kvc_jax.sampling import Logprobs, SamplingArrays, logprobs_of, most_ranks, sample
 
@@ -31,9 +32,13 @@ DECODE_OPTIONS = {
 """Compiler options of a decode step; only an outermost jit may have any."""
 
 
+def _whole(model: Llama | FlatModel) -> Llama:
+  return model.model() if isinstance(model, FlatModel) else model
+
+
 @functools.partial(jax.jit, static_argnames="rule", donate_argnames=("state", "observation"))
 def prefill_chunk(
-    model: Llama,
+    model: Llama | FlatModel,
     state: CacheState,
     observation: Observation,
     tokens: jax.Array,
@@ -57,6 +62,7 @@ def prefill_chunk(
     Logits f32 [V] behind the chunk's last token; ok bool [] (False: no blocks,
     and the cache is as before); the cache; the observation.
   """
+  model = _whole(model)
   state, ok = alloc.allocate(state, slot[None], count[None], max_count=tokens.shape[0])
   count = jnp.where(ok[0], count, 0)
   positions = state.num_tokens[slot] - count + jnp.arange(tokens.shape[0], dtype=jnp.int32)
@@ -157,7 +163,7 @@ class Decoded:
 @functools.partial(
     jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=DECODE_OPTIONS)
 def decode_loop(
-    model: Llama, state: CacheState, rows: DecodeRows, num_steps: jax.Array, *, rule: ScoringRule | None
+    model: Llama | FlatModel, state: CacheState, rows: DecodeRows, num_steps: jax.Array, *, rule: ScoringRule | None
 ) -> tuple[Decoded, CacheState]:
   """Several decode steps with sampling in one program. An outermost jit, as `decode_step` is.
 
@@ -173,6 +179,7 @@ def decode_loop(
   Returns:
     What was found, and the cache.
   """
+  model = _whole(model)
   slots, steps = rows.given.shape
   slot = jnp.arange(slots, dtype=jnp.int32)
 

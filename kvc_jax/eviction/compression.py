@@ -32,7 +32,7 @@ class Compression:
     interval: decode steps from one compression to the next; None compresses
       once, after the prompt.
     keep: ranges (start, end) of token positions that are never evicted, such as a
-      system prompt's; at most 8.
+      system prompt's; at most 8. Where they are more than the budget, they stay.
     prefill_interval: prompt tokens from one compression to the next while the prompt
       is prefilled. None compresses a prompt once, behind its end, unless it is larger
       than the pool.

@@ -227,7 +227,7 @@ def test_memory_while_prefilling_stays_below_the_budget_and_one_interval(roomy):
 
 
 def test_a_request_that_cannot_fit_is_refused_with_the_remedy(tight):
-  with pytest.raises(InputError, match=r"the prompt needs 1280 blocks, but the pool has 600.*give a Compression"):
+  with pytest.raises(InputError, match=r"the prompt needs 1280 blocks, but the pool has 600.*compress it"):
     tight.add([5] * 255)
   with pytest.raises(InputError, match="even when it is compressed"):
     tight.add([5] * 255, None, Compression(rate=1.2))
