@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from kvc_jax.engine.request import EngineStats, SamplingParams, Update
+from kvc_jax.errors import InputError, QueueFull
 from kvc_jax.eviction.compression import Compression
 
 _log = logging.getLogger(__name__)
@@ -248,13 +249,16 @@ class EngineThread:
     self._deliver([(g, EngineFailed(message)) for g in generations.values()])
 
   def _add(self, generation: Generation, submissions: Sequence[Submission]) -> None:
+    idle = not self._engine.has_work
     try:
       for i, submission in enumerate(submissions):
         request_id = self._engine.add(submission.prompt, submission.params, submission.compression)
         generation.request_ids.append(request_id)
         self._requests[request_id] = generation, i
-    except Exception:
+    except Exception as e:
       self._cancel(generation)
+      if idle and isinstance(e, QueueFull):  # trying again would not help
+        raise InputError("the request asks for more choices than may wait in this server; ask for fewer") from None
       raise
     finally:
       self._put_down_stats(now=True)

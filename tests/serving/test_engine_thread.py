@@ -123,16 +123,27 @@ def test_updates_come_in_order_and_are_timed():
   assert (len(clock.first), clock.next) == (2, [1, 1, 1, 1])
 
 
-@pytest.mark.parametrize(("engine", "error"), [(FakeEngine(), InputError), (FakeEngine(max_waiting=1), QueueFull)])
-def test_all_prompts_of_a_call_or_none(engine, error):
+def test_all_prompts_of_a_call_or_none():
+  engine = FakeEngine(tokens=10**9, max_waiting=2)
+
   async def scenario(thread):
-    second = () if error is InputError else (2,)
-    with pytest.raises(error):
-      await thread.submit([_submission(1), _submission(*second)])
+    with pytest.raises(InputError, match="no tokens"):
+      await thread.submit([_submission(1), _submission()])
     assert engine.cancelled == [1]
-    await (await thread.submit([_submission(3)])).next()
+    await (await thread.submit([_submission(1)])).next()
+    with pytest.raises(QueueFull):
+      await thread.submit([_submission(1), _submission(2)])
+    assert engine.cancelled == [1, 3]
 
   _run(scenario, engine)
+
+
+def test_a_call_that_could_never_be_queued_is_refused_for_good():
+  async def scenario(thread):
+    with pytest.raises(InputError, match="ask for fewer"):
+      await thread.submit([_submission(1), _submission(2)])
+
+  _run(scenario, FakeEngine(max_waiting=1))
 
 
 def test_an_exception_of_the_engine_ends_every_request(caplog):
