@@ -1,11 +1,15 @@
-"""The `kvc` command: convert, generate, inspect, demo."""
+"""The `kvc` command: convert, generate, inspect, serve, demo."""
 
 import argparse
 import dataclasses
+import importlib.util
 import io
+import ipaddress
 import json
+import logging
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -58,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
   _add_convert(commands)
   _add_generate(commands)
   _add_inspect(commands)
+  _add_serve(commands)
   demo = commands.add_parser("demo", help="tell the shipped model's story at 1x, 2x, 4x and 8x")
   demo.add_argument("--heatmap", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
   demo.set_defaults(run=_demo)
@@ -92,6 +97,29 @@ def _add_inspect(commands: Any) -> None:
   _add_run_options(inspect)
   inspect.add_argument("--out", "-o", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
   inspect.set_defaults(run=_inspect)
+
+
+def _add_serve(commands: Any) -> None:
+  serve = commands.add_parser("serve", help="serve a model over HTTP, as OpenAI's API does")
+  _add_model_options(serve)
+  group = serve.add_argument_group("server")
+  group.add_argument("--host", default="127.0.0.1", help="to listen on (default: %(default)s)")
+  group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+  group.add_argument("--served-model-name", help="name that clients give; the folder's by default")
+  group.add_argument("--api-key-file", help="file with the key that clients must bring; "
+                     "by default the environment's KVC_API_KEY, or none")
+  group.add_argument("--max-waiting", type=int, default=256,
+                     help="requests that may wait; others are refused with 429 (default: %(default)s)")
+  group.add_argument("--max-body-bytes", type=int, default=4 << 20, help="of a request (default: %(default)s)")
+  group.add_argument("--request-timeout", type=float, default=600, help="seconds (default: %(default)s)")
+  group.add_argument("--drain-timeout", type=float, default=60,
+                     help="seconds for running requests to end at shutdown (default: %(default)s)")
+  group.add_argument("--warm-up", choices=("own", "all", "none"), default="own",
+                     help="steps to compile before serving: for this command's own scoring and allocation, for all "
+                     "of them, or none (default: %(default)s)")
+  group.add_argument("--compilation-cache", help="folder where compiled steps are kept for the next start")
+  _add_compression_options(serve, "compression of requests that say nothing of it")
+  serve.set_defaults(run=_serve)
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -138,8 +166,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
 
 
-def _add_compression_options(parser: argparse.ArgumentParser) -> None:
-  group = parser.add_argument_group("compression (off without --rate or --max-cache-tokens)")
+def _add_compression_options(parser: argparse.ArgumentParser, title: str = "compression") -> None:
+  group = parser.add_argument_group(f"{title} (off without --rate or --max-cache-tokens)")
   group.add_argument("--rate", type=float, help="keep one KV in RATE outside the window")
   group.add_argument("--max-cache-tokens", type=int, help="keep this many tokens per head, on average")
   group.add_argument("--window", type=int, help="newest tokens that always stay (default: 32)")
@@ -175,7 +203,7 @@ def _scoring(args: argparse.Namespace) -> Any:
   if unfit:
     raise InputError(f"{', '.join(unfit)} does not go with --scoring {name}; leave it out")
   if name == "random":
-    return kvc_jax.RandomScore(seed=args.seed or 0)
+    return kvc_jax.RandomScore(seed=getattr(args, "seed", None) or 0)
   return (kvc_jax.WindowAttention if name == "window" else kvc_jax.FullAttention)(**given)
 
 
@@ -305,6 +333,53 @@ def _inspect(args: argparse.Namespace) -> int:
     print(f"layer {layer:>3}: {' '.join(f'{n:>6}' for n in kept)}")
   print(f"wrote {args.out}")
   return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+  if missing := [name for name in ("starlette", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]:
+    raise InputError(f"the server needs {', '.join(missing)}; run: pip install 'kvc_jax[serve]'")
+  from kvc_jax.engine.engine import Engine
+  from kvc_jax.serving.app import AppSettings
+  from kvc_jax.serving.server import Address, listen, make_server
+
+  compression = _compression(args)
+  settings = AppSettings(
+      model=args.served_model_name or pathlib.Path(args.model).resolve().name, api_key=_api_key(args.api_key_file),
+      compression=compression, max_body_bytes=args.max_body_bytes, request_timeout=args.request_timeout,
+      drain_timeout=args.drain_timeout)
+  logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+  with listen(Address(host=args.host, port=args.port)) as sock:
+    if settings.api_key is None and not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
+      print(f"kvc: warning: anyone who reaches {args.host} can use this server; give --api-key-file", file=sys.stderr)
+    engine = Engine(
+        args.model, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs, block_size=args.block_size, chunk_size=args.chunk_size,
+        num_blocks=args.num_blocks, kv_cache_memory_bytes=args.kv_cache_memory_bytes, max_waiting=args.max_waiting,
+        compilation_cache_dir=args.compilation_cache, progress=True, **_warmed(args.warm_up, compression))
+    if args.warm_up != "none":
+      engine.warm_up(progress=sys.stderr.isatty())
+    server = make_server(engine, settings, lambda url: print(f"serving {settings.model} at {url}", flush=True))
+    for ends in (signal.SIGINT, signal.SIGTERM):  # uvicorn acts on them, and raises them once more when it has ended
+      signal.signal(ends, lambda *_: None)
+    server.run(sockets=[sock])
+  return 0
+
+
+def _warmed(which: str, compression: Any) -> dict[str, Any]:
+  """Rules and allocations that an engine's warm-up compiles for."""
+  from kvc_jax.serving.protocol import ALLOCATIONS, SCORINGS
+
+  if which == "all":
+    rules = {rule(): None for rule in SCORINGS.values()} | ({} if compression is None else {compression.scoring: None})
+    return {"rules": tuple(rules), "allocations": ALLOCATIONS}
+  return {} if compression is None else {"rules": (compression.scoring,), "allocations": (compression.allocation,)}
+
+
+def _api_key(file: str | None) -> str | None:
+  key = os.environ.get("KVC_API_KEY", "") if file is None else _read(file)
+  if file is not None and not key.strip():
+    raise InputError(f"{file} is empty; put the API key into it")
+  return key.strip() or None
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -37,6 +37,7 @@ def test_wheel_holds_kernels_model_and_nothing_else(wheel):
   assert "kvc_jax/assets/stories260K/model.safetensors" in names
   assert "kvc_jax/assets/stories260K/LICENSE" in names
   assert "kvc_jax/py.typed" in names
+  assert "kvc_jax/serving/status.html" in names
   # A top-level package called `kernels` would clash with Hugging Face's.
   assert "kvc = kvc_jax.cli:main" in zipfile.ZipFile(wheel).read("kvc_jax-0.1.0.dist-info/entry_points.txt").decode()
   assert {name.split("/")[0] for name in names} <= {"kvc_jax", "kvc_jax-0.1.0.dist-info"}

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from kvc_jax.attention.prefill import init_observation
-from kvc_jax.cache.snapshot import PIECE_KVS, export_sequence, import_sequence
+from kvc_jax.cache.snapshot import PIECE_KVS, SequenceSnapshot, export_sequence, import_sequence
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.engine import steps
 from kvc_jax.engine.request import CompressionReceipt
@@ -185,9 +185,13 @@ class Batch:
     self._free_slots.append(sequence.slot)
     sequence.slot = -1
 
+  def snapshot(self, sequence: Sequence) -> SequenceSnapshot:
+    """A copy in host memory of what the sequence holds (waits for the device)."""
+    return export_sequence(self.state, sequence.slot, piece=self._piece)
+
   def swap_out(self, sequence: Sequence) -> None:
     """Copies what the sequence holds to host memory and frees its slot (waits for the device)."""
-    sequence.snapshot = export_sequence(self.state, sequence.slot, piece=self._piece)
+    sequence.snapshot = self.snapshot(sequence)
     self.release(sequence)
 
   def swap_in(self, sequence: Sequence) -> jax.Array:

@@ -15,9 +15,11 @@ import tqdm
 from jax.typing import DTypeLike
 
 from kvc_jax.cache.quantize import FP8
+from kvc_jax.cache.sequence_file import load_sequence, save_sequence
+from kvc_jax.cache.snapshot import check_fits
 from kvc_jax.checkpoint.store import load_model
 from kvc_jax.config import LlamaConfig
-from kvc_jax.engine import footprint
+from kvc_jax.engine import footprint, saved
 from kvc_jax.engine.batch import Batch, Evicted, decode_rule
 from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.pool import calibrated_scales, check_sizes, context_length, pool_config
@@ -31,6 +33,8 @@ from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.eviction.step import Allocation
 from kvc_jax.kernels import backends
+from kvc_jax.model.fingerprint import fingerprint
+from kvc_jax.model.layers import DecoderLayer
 from kvc_jax.model.llama import Llama, unstack_layers
 from kvc_jax.sampling import Logprobs
 from kvc_jax.tokenizer import IncrementalDecoder, Tokenizer
@@ -51,6 +55,7 @@ class Engine:
     max_model_len: most tokens of prompt and output together.
     config: shape of the cache.
     model: the model.
+    fingerprint: of the model, which saved requests bear; None of a model that was given with its layers apart.
     batch: the cache, and the transitions on it.
   """
 
@@ -128,8 +133,9 @@ class Engine:
       shape = LlamaConfig.from_folder(model)
       self.tokenizer = tokenizer or Tokenizer.from_folder(model)
       self.model = load_model(model, dtype=dtype, progress=progress)
-      if backends.device_capability() is not None:
-        self.model = unstack_layers(self.model)
+    self.fingerprint = fingerprint(self.model) if isinstance(self.model.layers, DecoderLayer) else None
+    if self.model is not model and backends.device_capability() is not None:
+      self.model = unstack_layers(self.model)
     self.max_model_len = context_length(max_model_len, shape.max_position_embeddings)
     self.config = pool_config(
         self.model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes,
@@ -220,8 +226,7 @@ class Engine:
     _check_types(params, compression)
     ids = self.encode(prompt)
     interval = footprint.prefill_interval(self.config, "the prompt", len(ids), compression)
-    if self._max_waiting is not None and len(self._scheduler.waiting) + params.n > self._max_waiting:
-      raise QueueFull(f"{len(self._scheduler.waiting)} sequences wait and {self._max_waiting} may; try again later")
+    self._check_queue(params.n)
     self._notice(compression)
     if params.seed is None:  # another one for every request that this engine ever serves
       params = dataclasses.replace(params, seed=int(self._seeds.spawn(1)[0].generate_state(1)[0]))
@@ -253,6 +258,11 @@ class Engine:
         compression=compression, prefill_interval=interval, stop_ids=stop_ids, positions=positions,
         output=OutputText(decoder, params.stop_strings))
 
+  def _check_queue(self, more: int) -> None:
+    waiting = len(self._scheduler.waiting)
+    if self._max_waiting is not None and waiting + more > self._max_waiting:
+      raise QueueFull(f"{waiting} sequences wait and {self._max_waiting} may; try again later")
+
   def cancel(self, request_id: int) -> bool:
     """Ends a request without a further update; its slots and blocks are free at once.
 
@@ -271,6 +281,75 @@ class Engine:
       self._news = [s for s in self._news if s is not sequence]
       self._counts["cancelled"] += sequence.receipt is None
     return True
+
+  def save(self, request_id: int, path: str | pathlib.Path, *, sample: int = 0) -> None:
+    """Writes a request's compressed cache, and all else that it takes to go on with it, to a safetensors file.
+
+    The request itself goes on; `cancel` ends it. Waits for the step in flight.
+
+    Args:
+      request_id: as `add` gave it.
+      path: file to write.
+      sample: which of the request's samples.
+
+    Raises:
+      InputError: the request is unknown, has ended or is still in its prompt, scores by
+        a rule of one's own, or the file cannot be written.
+    """
+    self._collect()
+    sequence = next((s for s in self._requests.get(request_id, ()) if s.sample == sample), None)
+    if sequence is None or sequence.finish_reason:
+      raise InputError(f"request {request_id} is unknown or has ended; save one that is being served")
+    if not sequence.decodes or (sequence.slot < 0 and sequence.snapshot is None):
+      raise InputError(f"request {request_id} is not past its prompt; save it when its first update has come")
+    if sequence.is_due and sequence.slot >= 0:
+      self._compress([sequence])
+      self._collect()
+    snapshot = sequence.snapshot or self.batch.snapshot(sequence)
+    save_sequence(path, snapshot, token_ids=sequence.prompt + sequence.token_ids, model=self._name_of_model(),
+                  settings=saved.settings_of(sequence))
+
+  def _name_of_model(self) -> str:
+    if self.fingerprint is None:
+      raise InputError("requests are saved under their model's fingerprint, which one with its layers apart has not; "
+                       "give Engine the model's folder")
+    return self.fingerprint
+
+  def resume(self, path: str | pathlib.Path) -> int:
+    """Takes up a request that `save` wrote, here or in another process.
+
+    Updates bring what none had brought when it was saved; the last one has the whole output.
+
+    Returns:
+      The request's id.
+
+    Raises:
+      InputError: the file is missing, damaged or of another model, or does not fit this
+        engine's cache or context.
+      QueueFull: `max_waiting` sequences wait already.
+    """
+    file = load_sequence(path, model=self._name_of_model())
+    check_fits(self.batch.state, file.snapshot)
+    request = saved.request_of(file)
+    if len(file.token_ids) >= self.max_model_len:
+      raise InputError(f"{path} holds {len(file.token_ids)} tokens, but the context is {self.max_model_len}; "
+                       "raise max_model_len")
+    needed, pool = file.snapshot.blocks(self.config.block_size), self.config.num_blocks - 1
+    if needed + self.config.heads_per_sequence > pool:
+      raise InputError(f"{path} needs {needed} blocks and one for each head, but the pool has {pool}; raise num_blocks "
+                       "or kv_cache_memory_bytes")
+    self._check_queue(1)
+    request_id = next(self._ids)
+    sequence = self._sequence(
+        request_id, request.prompt, request.params, request.compression, 0, None, request.positions)
+    sequence.go_on_from(request.token_ids, request.tokens_given)
+    sequence.prefilled, sequence.snapshot, sequence.logprobs = len(request.prompt), file.snapshot, request.logprobs
+    for name, count in request.progress.items():
+      setattr(sequence, name, count)
+    self._requests[request_id] = [sequence]
+    self._scheduler.waiting.append(sequence)
+    self._news.append(sequence)
+    return request_id
 
   @property
   def has_work(self) -> bool:

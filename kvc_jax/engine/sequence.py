@@ -80,6 +80,11 @@ class Sequence:
   _piece: str = ""  # text that no update has brought yet
 
   @property
+  def tokens_given(self) -> int:
+    """Of token_ids, those that updates have brought."""
+    return self._given
+
+  @property
   def tokens_seen(self) -> int:
     """Tokens that went through the cache."""
     return self.prefilled + self.steps
@@ -142,6 +147,13 @@ class Sequence:
       self._piece += self.output.finish()
       # The text may end in a stop string that only the last bytes completed.
       self.finish_reason = "stop" if self.output.stopped else self.finish_reason
+
+  def go_on_from(self, token_ids: Sequences[int], given: int) -> None:
+    """Takes ids that were generated before, elsewhere; updates had brought the first `given` of them."""
+    self.token_ids = list(token_ids[:given])
+    self.decode_text()
+    self._given, self._piece = given, ""
+    self.token_ids += token_ids[given:]
 
   def update(self) -> Update | None:
     """What no update has brought yet; None where there is no text and no end."""

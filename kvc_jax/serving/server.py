@@ -1,0 +1,71 @@
+"""Runs the application under uvicorn until it is told to stop."""
+
+import dataclasses
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from kvc_jax.engine.engine import Engine
+from kvc_jax.errors import InputError, check_count
+from kvc_jax.serving.app import AppSettings, create_app
+
+_KEEP_ALIVE_SECONDS = 30
+_HEADER_BYTES = 32 << 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Address:
+  """Where to listen; port 0 takes a free one."""
+
+  host: str = "127.0.0.1"
+  port: int = 8000
+
+  def __post_init__(self):
+    check_count("port", self.port, at_least=0, at_most=65_535)
+
+
+def listen(address: Address) -> socket.socket:
+  """Takes the port; call it before long work such as loading a model.
+
+  Raises:
+    InputError: it is not free, or there is no such host.
+  """
+  try:
+    family, *_, where = socket.getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(where[:2], family=family, reuse_port=False)
+  except OSError as e:
+    raise InputError(f"cannot listen on {address.host} port {address.port} ({e}); give another --host or --port"
+                     ) from None
+
+
+def make_server(engine: Engine, settings: AppSettings, on_ready: Callable[[str], None]) -> uvicorn.Server:
+  """The server; `run(sockets=[...])` answers requests until SIGINT, SIGTERM or `should_exit`.
+
+  Requests that run then may end.
+
+  Args:
+    engine: warmed up; the server is its only user from now on.
+    settings: of the application.
+    on_ready: called with the server's URL once it answers.
+  """
+  config = uvicorn.Config(
+      create_app(engine, settings), http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
+      server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, h11_max_incomplete_event_size=_HEADER_BYTES,
+      timeout_graceful_shutdown=max(1, round(settings.drain_timeout)))
+  return _Server(config, on_ready)
+
+
+class _Server(uvicorn.Server):
+  """Says when it is ready."""
+
+  def __init__(self, config: uvicorn.Config, on_ready: Callable[[str], None]):
+    super().__init__(config)
+    self._on_ready = on_ready
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    await super().startup(sockets)
+    if self.started and sockets:
+      host, port = sockets[0].getsockname()[:2]
+      self._on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
