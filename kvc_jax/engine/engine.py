@@ -156,7 +156,7 @@ class Engine:
     self._requests: dict[int, list[Sequence]] = {}
     self._flight: _Flight | None = None
     self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
-    self._stalled = False  # a sequence got no block
+    self._stalled = False  # a sequence got no block, and none has come back since
 
   def reset(self) -> None:
     """Drops all requests and empties the cache, whatever state an exception may have left it in."""
@@ -277,6 +277,7 @@ class Engine:
     for sequence in self._requests.pop(request_id):
       if sequence.slot >= 0:
         self.batch.release(sequence)
+        self._stalled = False
       self._scheduler.end(sequence)
       self._news = [s for s in self._news if s is not sequence]
       self._counts["cancelled"] += sequence.receipt is None
@@ -375,7 +376,7 @@ class Engine:
     ended = [s for s in self._scheduler.running if s.finish_reason]
     self._let_go(ended)
     self._compress([s for s in self._scheduler.running if s.decodes and s.is_due])
-    if self._stalled and not ended:
+    if self._stalled:
       self._make_room()
     elif self.batch.has_free_slot:
       self._make_room_to_start()
@@ -487,6 +488,7 @@ class Engine:
       sequence.receipt = receipt
       self.batch.release(sequence)
       self._scheduler.end(sequence)
+      self._stalled = False
       self._counts["finished"] += 1
 
   # --------------------------------------------------------------------------- memory
@@ -540,6 +542,7 @@ class Engine:
       self.batch.release(sequence)
       sequence.restart()
     self._scheduler.give_way(sequence)
+    self._stalled = False
     self._counts["preemptions"] += 1
 
   def _admit(self) -> Sequence | None:
@@ -640,7 +643,7 @@ class Engine:
     while self.has_work:
       self.step()
       self._collect()
-      decoding = [s for s in self._scheduler.running if s.decodes and s.steps]
+      decoding = [s for s in self._scheduler.running if s.decodes]
       if decoding and not swapped:
         self._preempt(decoding[0])
         swapped = True

@@ -82,6 +82,8 @@ class LLM:
     """
     if self._busy:
       raise RuntimeError("generate is running; a callback cannot call it again")
+    if self.engine.has_work:
+      raise RuntimeError("the engine serves requests that were added to it; let them end, or cancel them, first")
     requests = self._requests(prompts, sampling_params, compression)
     self._busy = True
     try:
