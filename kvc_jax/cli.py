@@ -87,7 +87,10 @@ def _add_convert(commands: Any) -> None:
 def _add_generate(commands: Any) -> None:
   generate = commands.add_parser("generate", help="generate text")
   _add_run_options(generate)
-  generate.add_argument("--json", action="store_true", help="print one JSON object per prompt, as each ends")
+  generate.add_argument("--n", type=int, default=1, help="samples of each prompt (default: %(default)s)")
+  generate.add_argument("--logprobs", type=int, metavar="TOP",
+                        help="with --json: log-probabilities of each token and of the TOP most probable ones")
+  generate.add_argument("--json", action="store_true", help="print one JSON object per text, as each ends")
   generate.add_argument("--quiet", action="store_true", help="no progress and no receipt on stderr")
   generate.set_defaults(run=_generate)
 
@@ -166,16 +169,30 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
 
 
+def _range(text: str) -> tuple[int, int]:
+  start, _, end = text.partition(":")
+  try:
+    return int(start), int(end)
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r} is no range; give START:END, such as 0:32") from None
+
+
 def _add_compression_options(parser: argparse.ArgumentParser, title: str = "compression") -> None:
   group = parser.add_argument_group(f"{title} (off without --rate or --max-cache-tokens)")
   group.add_argument("--rate", type=float, help="keep one KV in RATE outside the window")
   group.add_argument("--max-cache-tokens", type=int, help="keep this many tokens per head, on average")
   group.add_argument("--window", type=int, help="newest tokens that always stay (default: 32)")
   group.add_argument("--sinks", type=int, help="first tokens that always stay (default: 0)")
+  group.add_argument("--keep", action="append", type=_range, metavar="START:END",
+                     help="token positions that are never evicted; may be repeated")
   group.add_argument("--allocation", choices=("all", "layer", "head"),
                      help="heads that share a budget (default: all of a sequence)")
   group.add_argument("--interval", type=int,
                      help="decode steps between compressions; once after the prompt by default")
+  group.add_argument("--prefill-interval", type=int,
+                     help="prompt tokens between compressions while the prompt is prefilled; by default once it is")
+  group.add_argument("--on-demand", action="store_true", default=None,
+                     help="compress again whenever memory is short; the text then depends on what else is served")
   group.add_argument("--scoring", choices=("window", "full", "random"), help="what a KV is worth (default: window)")
   group.add_argument("--queries", type=int, help="prompt queries that --scoring window observes")
   group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention")
@@ -186,7 +203,7 @@ def _add_compression_options(parser: argparse.ArgumentParser, title: str = "comp
 
 
 _BUDGET_OPTIONS = ("rate", "max_cache_tokens")
-_COMPRESSION_OPTIONS = ("window", "sinks", "allocation", "interval")
+_COMPRESSION_OPTIONS = ("window", "sinks", "keep", "allocation", "interval", "prefill_interval", "on_demand")
 _SCORING_OPTIONS = {
     "window": ("queries", "power", "reduction", "pooling", "buffer", "decode_every"),
     "full": ("power", "reduction", "buffer", "decode_every"),
@@ -229,7 +246,7 @@ def _sampling(args: argparse.Namespace) -> Any:
   return kvc_jax.SamplingParams(
       temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
       max_tokens=args.max_tokens, stop=tuple(args.stop), stop_token_ids=tuple(args.stop_token_id),
-      ignore_eos=args.ignore_eos)
+      ignore_eos=args.ignore_eos, n=getattr(args, "n", 1), logprobs=getattr(args, "logprobs", None))
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -278,9 +295,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
   sampling, compression = _sampling(args), _compression(args)  # checked before the model is loaded
+  if args.logprobs is not None and not args.json:
+    raise InputError("--logprobs shows nothing without --json; give both")
   llm = _load(args)
   prompts = _as_prompts(llm, args)
-  stream = len(prompts) == 1 and not args.json
+  stream = len(prompts) == 1 and args.n == 1 and not args.json
 
   def show_text(chunk):
     print(chunk.text, end="", flush=True)
@@ -289,7 +308,8 @@ def _generate(args: argparse.Namespace) -> int:
     if args.json:
       print(json.dumps(_as_json(output)), flush=True)
     else:
-      print("" if stream else f"--- prompt {output.index} ---\n{output.text}", flush=True)
+      sample = f", sample {output.sample}" if args.n > 1 else ""
+      print("" if stream else f"--- prompt {output.index}{sample} ---\n{output.text}", flush=True)
     if not args.quiet and not args.json:
       print(_receipt_line(output), file=sys.stderr)
 
@@ -304,6 +324,8 @@ def _as_json(output: Any) -> dict[str, Any]:
   receipt = fields.pop("receipt")
   held = {f.name: getattr(receipt, f.name) for f in dataclasses.fields(receipt) if f.name != "positions"}
   held["kvs_kept"] = receipt.kvs_kept.tolist()
+  if output.logprobs is not None:
+    fields["logprobs"] = [dataclasses.asdict(token) for token in output.logprobs]
   derived = ("kvs_seen", "rate_reached", "bytes_uncompressed", "bytes_held")
   return {**fields, "receipt": {**held, **{name: getattr(receipt, name) for name in derived}}}
 

@@ -43,6 +43,30 @@ def test_generate_json_of_two_prompts(capsys, tmp_path):
   assert receipt["kvs_seen"] == receipt["tokens_seen"] * 20
 
 
+def test_samples_with_log_probabilities(capsys):
+  command = ["generate", str(STORIES), "--prompt", "Once", "--max-tokens", "4", "--temperature", "1", "--seed", "5"]
+  assert main([*command, "--n", "2", "--json", "--logprobs", "3"]) == 0
+  lines = sorted((json.loads(line) for line in capsys.readouterr().out.splitlines()), key=lambda line: line["sample"])
+  assert [line["sample"] for line in lines] == [0, 1]
+  for line in lines:
+    assert [token["token_id"] for token in line["logprobs"]] == line["token_ids"]
+    for token in line["logprobs"]:
+      best = [logprob for _, logprob in token["top"]]
+      assert len(best) == 3
+      assert best == sorted(best, reverse=True)
+      assert token["logprob"] <= best[0] <= 0
+  assert main([*command, "--n", "2", "--quiet"]) == 0
+  assert "--- prompt 0, sample 1 ---" in capsys.readouterr().out
+
+
+def test_kept_positions_stay(capsys):
+  command = ["generate", str(STORIES), "--prompt", "Once upon a time there was a dog. " * 6, "--json", "--block-size", "2"]
+  options = ["--rate", "8", "--window", "2", "--keep", "3:9", "--keep", "20:24", "--max-tokens", "2"]
+  assert main([*command, *options]) == 0
+  receipt = json.loads(capsys.readouterr().out)["receipt"]
+  assert np.min(receipt["kvs_kept"]) >= 10
+
+
 @pytest.mark.parametrize("extra", [[], ["--file", "-"]])
 def test_prompt_from_standard_input(extra, capsys, monkeypatch):
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once upon a time")))
@@ -164,6 +188,12 @@ OPTIONS = {
     "unknown allocation": (["--allocation", "heads"], "invalid choice"),
     "unknown scoring": (["--scoring", "best"], "invalid choice"),
     "option of another scoring": (["--rate", "2", "--scoring", "full", "--pooling", "7"], "--pooling does not go with"),
+    "range of letters": (["--rate", "2", "--keep", "a"], "'a' is no range"),
+    "range that ends before it starts": (["--rate", "2", "--keep", "3:1"], "end of a range to keep is 1"),
+    "range without a budget": (["--keep", "0:2"], "compresses nothing"),
+    "prefill interval of 0": (["--rate", "2", "--prefill-interval", "0"], "prefill_interval is 0"),
+    "no samples": (["--n", "0"], "n is 0"),
+    "log-probabilities of a text": (["--logprobs", "1"], "without --json"),
     "observe none": (["--rate", "2", "--decode-every", "0"], "decode_every is 0"),
     "power of 3": (["--rate", "2", "--power", "3"], "power is 3"),
     "even pooling": (["--rate", "2", "--pooling", "4"], "odd width"),
