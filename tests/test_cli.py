@@ -60,7 +60,8 @@ def test_samples_with_log_probabilities(capsys):
 
 
 def test_kept_positions_stay(capsys):
-  command = ["generate", str(STORIES), "--prompt", "Once upon a time there was a dog. " * 6, "--json", "--block-size", "2"]
+  prompt = "Once upon a time there was a dog. " * 6
+  command = ["generate", str(STORIES), "--prompt", prompt, "--json", "--block-size", "2"]
   options = ["--rate", "8", "--window", "2", "--keep", "3:9", "--keep", "20:24", "--max-tokens", "2"]
   assert main([*command, *options]) == 0
   receipt = json.loads(capsys.readouterr().out)["receipt"]
