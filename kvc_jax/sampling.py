@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,10 +15,10 @@ MOST_LOGPROBS = 20
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-  """Sampling settings of each row; one compile serves any mix.
+  """Sampling settings of each row, on the device or still on the host; one compile serves any mix.
 
   Attributes:
-    temperature: f32 [S]; 0 is greedy.
+    temperature: f32 [S]; 0, or next to it, is greedy.
     top_k: i32 [S]; 0 is off.
     top_p: f32 [S]; 1 is off.
     min_p: f32 [S]; 0 is off.
@@ -25,12 +26,16 @@ class SamplingArrays:
     step: i32 [S] index of the token to be drawn among the request's outputs.
   """
 
-  temperature: jax.Array
-  top_k: jax.Array
-  top_p: jax.Array
-  min_p: jax.Array
-  seed: jax.Array
-  step: jax.Array
+  temperature: jax.Array | np.ndarray
+  top_k: jax.Array | np.ndarray
+  top_p: jax.Array | np.ndarray
+  min_p: jax.Array | np.ndarray
+  seed: jax.Array | np.ndarray
+  step: jax.Array | np.ndarray
+
+
+_LEAST_TEMPERATURE = 1e-5
+"""Below it logits over temperature overflow; such draws are greedy."""
 
 
 def sample(logits: Float[Array, "seqs vocab"], params: SamplingArrays) -> Int[Array, " seqs"]:
@@ -40,15 +45,16 @@ def sample(logits: Float[Array, "seqs vocab"], params: SamplingArrays) -> Int[Ar
   the batch.
   """
   greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  warm = params.temperature >= _LEAST_TEMPERATURE
 
   def drawn() -> Array:
-    scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
+    scaled = logits / jnp.where(warm, params.temperature, 1.0)[:, None]
     kept = _truncate(scaled, params)
     keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(params.seed, params.step)
     tokens = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
-    return jnp.where(params.temperature > 0, tokens, greedy)
+    return jnp.where(warm, tokens, greedy)
 
-  return lax.cond(jnp.any(params.temperature > 0), drawn, lambda: greedy)
+  return lax.cond(jnp.any(warm), drawn, lambda: greedy)
 
 
 @jax.tree_util.register_dataclass

@@ -1,5 +1,6 @@
 """A sequence's compressed cache as a safetensors file, to go on from in another process."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -68,14 +69,17 @@ def save_sequence(
       "format": _FORMAT, "version": _VERSION, "model": model, "kv_dtype": snapshot.kv.dtype.name,
       "num_tokens": str(snapshot.num_tokens), "settings": json.dumps(dict(settings or {}))}
   metadata["sha256"] = _checksum(tensors, metadata)
-  unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  unfinished = None
   try:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file(tensors, unfinished, metadata=metadata)
     os.replace(unfinished, path)
   except Exception as e:  # safetensors has an exception class of its own for what the system refuses
-    raise InputError(f"{path} cannot be written ({_one_line(e)}); give a path that can be written") from None
+    raise InputError(f"{str(path)!r} cannot be written ({_one_line(e)}); give a path that can be written") from None
   finally:
-    unfinished.unlink(missing_ok=True)
+    if unfinished is not None:
+      with contextlib.suppress(OSError, ValueError):
+        unfinished.unlink(missing_ok=True)
 
 
 def _tensors(snapshot: SequenceSnapshot) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ from kvc_jax.engine.sequence import Sequence
 from kvc_jax.engine.steps import Decoded
 from kvc_jax.errors import InputError, QueueFull, check_count
 from kvc_jax.eviction.compression import Compression
-from kvc_jax.eviction.score import ScoringRule
+from kvc_jax.eviction.score import ScoringRule, check_rule
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.eviction.step import Allocation
 from kvc_jax.kernels import backends
@@ -48,7 +48,8 @@ class Engine:
   Each step runs at most `chunks_per_step` prompt chunks and, for all sequences that
   decode, up to `steps_per_sync` tokens; a prompt never holds up the others for longer
   than its chunk. A request's text depends on the request and the pool's size, not on
-  what else is served (`Compression.on_demand` gives that up).
+  what else is served (`Compression.on_demand` gives that up, and a GPU's order of sums may,
+  where logits nearly tie).
 
   Attributes:
     tokenizer: of the model folder.
@@ -119,6 +120,10 @@ class Engine:
     check_sizes(block_size, chunk_size, max_num_seqs, kv_cache_dtype)
     check_count("Engine: steps_per_sync", steps_per_sync, at_least=1, at_most=1024)
     check_count("Engine: chunks_per_step", chunks_per_step, at_least=1)
+    check_count("Engine: swap_bytes", swap_bytes, at_least=0, at_most=2**60)
+    check_count("Engine: seed", seed, at_least=0)
+    for rule in rules:
+      check_rule(rule)
     if max_waiting is not None:
       check_count("Engine: max_waiting", max_waiting, at_least=0)
     if compilation_cache_dir is not None:
@@ -232,7 +237,8 @@ class Engine:
       params = dataclasses.replace(params, seed=int(self._seeds.spawn(1)[0].generate_state(1)[0]))
     request_id = next(self._ids)
     sequences = [
-        self._sequence(request_id, ids, params, compression, sample, interval, return_positions)
+        self._sequence(
+            request_id, ids, params, compression, sample=sample, interval=interval, positions=return_positions)
         for sample in range(params.n)]
     self._requests[request_id] = sequences
     self._scheduler.waiting.extend(sequences)
@@ -247,10 +253,13 @@ class Engine:
       self._compiled.add(kind)
       _log.warning("steps for %r with allocation %r compile while serving; give them to Engine for warm_up", *kind)
 
-  def _sequence(self, request_id, ids, params, compression, sample, interval, positions) -> Sequence:
+  def _sequence(
+      self, request_id: int, ids: list[int], params: SamplingParams, compression: Compression | None, *, sample: int,
+      interval: int | None, positions: bool,
+  ) -> Sequence:
     if sample:
       params = dataclasses.replace(
-          params, seed=int(np.random.SeedSequence((params.seed, sample)).generate_state(1)[0]))
+          params, seed=int(np.random.SeedSequence((params.seed or 0, sample)).generate_state(1)[0]))
     decoder = IncrementalDecoder(self.tokenizer, skip_special_tokens=params.skip_special_tokens, context=ids)
     stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
     return Sequence(
@@ -342,7 +351,8 @@ class Engine:
     self._check_queue(1)
     request_id = next(self._ids)
     sequence = self._sequence(
-        request_id, request.prompt, request.params, request.compression, 0, None, request.positions)
+        request_id, request.prompt, request.params, request.compression, sample=0,
+        interval=request.prefill_interval, positions=request.positions)
     sequence.go_on_from(request.token_ids, request.tokens_given)
     sequence.prefilled, sequence.snapshot, sequence.logprobs = len(request.prompt), file.snapshot, request.logprobs
     for name, count in request.progress.items():
@@ -375,9 +385,11 @@ class Engine:
     self._collect()
     ended = [s for s in self._scheduler.running if s.finish_reason]
     self._let_go(ended)
-    self._compress([s for s in self._scheduler.running if s.decodes and s.is_due])
+    due = [s for s in self._scheduler.running if s.decodes and s.is_due]
+    self._compress(due)
     if self._stalled:
-      self._make_room()
+      if not due:  # else blocks may come back, which the next look at the results will tell
+        self._make_room()
     elif self.batch.has_free_slot:
       self._make_room_to_start()
     self._stalled = False
@@ -429,13 +441,14 @@ class Engine:
         sequence.freed_blocks += int(blocks)
         self._counts["compressions"] += 1
         self._counts["freed_blocks"] += int(blocks)
-    news = [(1, f.sequence) for f, token in zip(flight.first, first, strict=True) if self._take_first(f, token)]
+    failed = [s for s, ok in zip(flight.given_to, given, strict=True) if not ok]
+    news = [(1, f.sequence) for f, token in zip(flight.first, first, strict=True)
+            if f.sequence not in failed and self._take_first(f, token)]
     for dispatched, (counts, tokens) in zip(flight.decoded, decoded, strict=True):
       news += self._take_decoded(dispatched, counts, tokens)
-    for sequence, ok in zip(flight.given_to, given, strict=True):
-      if not ok:  # a scoring rule of infinite values can keep more than the budget
-        sequence.finish_reason = "cache_full"
-        news.append((0, sequence))
+    for sequence in failed:  # a scoring rule of infinite values can keep more than the budget
+      sequence.finish_reason = "cache_full"
+      news.append((0, sequence))
     for _, sequence in sorted(news, key=lambda pair: pair[0]):
       self._note(sequence)
     self._scheduler.free_blocks = int(free)
@@ -535,7 +548,9 @@ class Engine:
     """Sends a running sequence back to the queue, with its cache in host memory where there is room for it."""
     swapped = sum(s.snapshot.nbytes for s in self._scheduler.waiting if s.snapshot)
     size = sequence.held_blocks * self.config.bytes_per_block
-    if sequence.decodes and swapped + size <= self._swap_bytes:
+    # One that was resumed from a file may come from a larger pool, and could not start over in this one.
+    cannot_restart = footprint.peak_blocks(self.config, sequence) > self.config.num_blocks - 1
+    if sequence.decodes and (cannot_restart or swapped + size <= self._swap_bytes):
       self.batch.swap_out(sequence)
       self._counts["swaps"] += 1
     else:
@@ -567,6 +582,8 @@ class Engine:
     count = footprint.next_piece(sequence, self.batch.chunk_size)
     blocks = footprint.blocks_behind(self.config, sequence, count)
     if blocks - sequence.held_blocks > self._scheduler.free_blocks:
+      if len(self._scheduler.running) == 1 and self._flight is None:  # nobody will free any
+        self._finish(sequence, "cache_full")
       return False  # until others have ended
     self._scheduler.claim(sequence, blocks)
     logits, ok = self.batch.prefill(sequence, count)
@@ -587,7 +604,8 @@ class Engine:
 
   def _decode(self, most_steps: int) -> None:
     """Dispatches decode steps, once for each way of keeping scores."""
-    rows = [s for s in self._scheduler.running if s.decodes]
+    # One that was swapped out before a compression that is due has it first, as it would have had alone.
+    rows = [s for s in self._scheduler.running if s.decodes and not s.is_due]
     intervals = [s.compression.interval for s in rows if s.compression and s.compression.interval]
     if intervals:
       # As many steps as divide the shortest interval evenly: else sequences would often wait for the loop's end.

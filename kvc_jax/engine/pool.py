@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from kvc_jax.cache.state import CacheConfig
 from kvc_jax.engine.calibrate import kv_scales
-from kvc_jax.errors import InputError
+from kvc_jax.errors import InputError, check_count
 from kvc_jax.kernels import backends
 from kvc_jax.model.llama import Llama
 
@@ -24,10 +24,11 @@ def check_sizes(block_size: int, chunk_size: int, max_num_seqs: int, kv_cache_dt
   Raises:
     InputError: naming what is wrong.
   """
-  if block_size < 1 or block_size & (block_size - 1):
+  check_count("Engine: block_size", block_size, at_least=1)
+  if block_size & (block_size - 1):
     raise InputError(f"block_size is {block_size}; give a power of two, such as 16")
-  if chunk_size < 1 or max_num_seqs < 1:
-    raise InputError(f"chunk_size is {chunk_size} and max_num_seqs {max_num_seqs}; both must be at least 1")
+  check_count("Engine: chunk_size", chunk_size, at_least=1)
+  check_count("Engine: max_num_seqs", max_num_seqs, at_least=1)
   if kv_cache_dtype not in ("auto", "fp8"):
     raise InputError(f"kv_cache_dtype is {kv_cache_dtype!r}; give 'auto' or 'fp8'")
   try:

@@ -30,6 +30,7 @@ def settings_of(sequence: Sequence) -> dict[str, Any]:
       "compression": None if sequence.compression is None else _compression_settings(sequence.compression),
       "logprobs": [dataclasses.asdict(entry) for entry in sequence.logprobs],
       "positions": sequence.positions,
+      "prefill_interval": sequence.prefill_interval,
       "progress": {name: getattr(sequence, name) for name in _PROGRESS},
   }
 
@@ -58,6 +59,7 @@ class SavedRequest:
     compression: None for none.
     logprobs: one for each of token_ids, where asked for.
     positions: whether the receipt is to name the positions held.
+    prefill_interval: prompt tokens from one compression to the next, while it was prefilled.
     progress: counts of `Sequence` by name.
   """
 
@@ -68,6 +70,7 @@ class SavedRequest:
   compression: Compression | None
   logprobs: list[TokenLogprobs]
   positions: bool
+  prefill_interval: int | None
   progress: dict[str, int]
 
 
@@ -84,8 +87,10 @@ def request_of(saved: SavedSequence) -> SavedRequest:
     if not (prompt and token_ids and saved.snapshot.num_tokens == len(prompt) + progress["steps"]
             and 0 <= progress["steps"] < len(token_ids) and 0 <= settings["tokens_given"] <= len(token_ids)):
       raise ValueError("its counts do not match")
+    interval = settings["prefill_interval"]
     return SavedRequest(
-        prompt=prompt, token_ids=token_ids, tokens_given=settings["tokens_given"],
+        prefill_interval=None if interval is None else int(interval), prompt=prompt,
+        token_ids=token_ids, tokens_given=settings["tokens_given"],
         params=SamplingParams(**settings["params"]), compression=_compression(settings["compression"]),
         logprobs=[_logprobs(entry) for entry in settings["logprobs"]], positions=settings["positions"],
         progress=progress)

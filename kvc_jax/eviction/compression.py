@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from kvc_jax.errors import InputError, check_count, check_real
-from kvc_jax.eviction.score import ScoringRule
+from kvc_jax.eviction.score import ScoringRule, check_rule
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.eviction.step import Allocation
 
@@ -66,11 +66,7 @@ class Compression:
       raise InputError(
           f"Compression: max_cache_tokens ({self.max_cache_tokens}) is below window + sinks "
           f"({self.window} + {self.sinks}), which are never evicted; raise it or shrink the window")
-    known = isinstance(self.scoring, ScoringRule) and self.scoring.observed in ("none", "last", "all")
-    if not known or isinstance(self.scoring, type):
-      raise InputError(
-          f"Compression: scoring is {self.scoring!r}, which is no scoring rule; give an object such as "
-          "WindowAttention(), or one of your own with the attributes of ScoringRule")
+    check_rule(self.scoring)
     if self.allocation not in ("all", "layer", "head"):
       raise InputError(f"Compression: allocation is {self.allocation!r}; give 'all', 'layer' or 'head'")
     if self.interval is not None:

@@ -69,6 +69,19 @@ class ScoringRule(Protocol):
     ...
 
 
+def check_rule(rule: object) -> None:
+  """Raises InputError where an object is no scoring rule, or has numbers that no decode step takes."""
+  known = isinstance(rule, ScoringRule) and rule.observed in ("none", "last", "all")
+  if not known or isinstance(rule, type):
+    raise InputError(
+        f"Compression: scoring is {rule!r}, which is no scoring rule; give an object such as "
+        "WindowAttention(), or one of your own with the attributes of ScoringRule")
+  assert isinstance(rule, ScoringRule)
+  check_count("scoring: power", rule.power, at_least=1, at_most=2)
+  check_count("scoring: buffer", rule.buffer, at_least=0, at_most=_WIDEST_BUFFER)
+  check_count("scoring: decode_every", rule.decode_every, at_least=1, at_most=_WIDEST_BUFFER)
+
+
 def check_attention_rule(rule: ScoringRule, reduction: str) -> None:
   """Raises InputError where a number of an attention-based rule is out of range."""
   check_count("scoring: power", rule.power, at_least=1, at_most=2)

@@ -103,6 +103,42 @@ def test_another_process_goes_on(engine, tmp_path):
   assert json.loads(done.stdout) == [whole.token_ids, whole.receipt.kvs_kept.tolist()]
 
 
+@pytest.mark.parametrize(("first_pool", "swaps"), [(401, False), (2000, True)])
+def test_a_resumed_request_gives_way_and_still_ends_as_it_would(first_pool, swaps, tmp_path):
+  """One whose prompt the pool cannot hold is compressed while it starts over, or is swapped where it was not before."""
+  prompt = [i * 7 % 500 + 3 for i in range(160)]
+  options = {**OPTIONS, "max_num_seqs": 2}
+  params, compression = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), Compression(
+      max_cache_tokens=16, window=4)
+  engine = Engine(STORIES, num_blocks=first_pool, **options)
+  request_id = engine.add(prompt, params, compression)
+  _run(engine, request_id, 12)
+  engine.save(request_id, path := tmp_path / "saved")
+  expected = _run(engine, request_id)[-1].output
+  tight = Engine(STORIES, num_blocks=401, swap_bytes=0, **options)
+  older = tight.add([1] * 8, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+  while not tight.step():
+    pass
+  request_id = tight.resume(path)
+  outputs = {u.request_id: u.output for _ in range(300) for u in tight.step() if u.output}
+  assert outputs.keys() == {older, request_id}
+  assert outputs[request_id].token_ids == expected.token_ids
+  assert outputs[request_id].receipt.kvs_kept.tolist() == expected.receipt.kvs_kept.tolist()
+  assert tight.stats().preemptions > 0
+  assert (tight.stats().swaps > 0) == swaps
+  check_invariants(tight.batch.state)
+
+
+@pytest.mark.parametrize("name", ["", "/", "x" * 300, "a\0b", "taken/file"])
+def test_a_file_that_cannot_be_written_is_an_error_of_one_line(name, engine, tmp_path):
+  (tmp_path / "taken").write_text("")
+  request_id = engine.add(PROMPT, GREEDY)
+  _run(engine, request_id, 10)
+  with pytest.raises(InputError, match="cannot be written"):
+    engine.save(request_id, name if name in ("", "/") else f"{tmp_path}/{name}")
+  engine.cancel(request_id)
+
+
 def test_what_cannot_be_saved(engine, tmp_path):
   with pytest.raises(InputError, match="unknown or has ended"):
     engine.save(10**6, tmp_path / "a")
