@@ -112,7 +112,8 @@ def _add_serve(commands: Any) -> None:
   group.add_argument("--api-key-file", help="file with the key that clients must bring; "
                      "by default the environment's KVC_API_KEY, or none")
   group.add_argument("--max-waiting", type=int, default=256,
-                     help="requests that may wait; others are refused with 429 (default: %(default)s)")
+                     help="sequences that may wait while no slot is free; others are refused with 429 "
+                     "(default: %(default)s)")
   group.add_argument("--max-body-bytes", type=int, default=4 << 20, help="of a request (default: %(default)s)")
   group.add_argument("--request-timeout", type=float, default=600, help="seconds (default: %(default)s)")
   group.add_argument("--drain-timeout", type=float, default=60,
