@@ -79,9 +79,12 @@ Handler = Callable[[Request], Awaitable[Any]]
 
 
 def create_app(engine: Engine, settings: AppSettings) -> Starlette:
-  """The application; it starts a thread for the engine when it starts."""
+  """The application; it starts a thread for the engine when it starts.
+
+  Whoever runs it awaits `app.state.drain()` before closing its sockets, so that /health tells of it meanwhile.
+  """
   server = _Server(engine, settings)
-  return Starlette(
+  app = Starlette(
       routes=[
           Route("/v1/completions", server.guarded("completions", server.completions), methods=["POST"]),
           Route("/v1/chat/completions", server.guarded("chat", server.chat), methods=["POST"]),
@@ -95,6 +98,8 @@ def create_app(engine: Engine, settings: AppSettings) -> Starlette:
       exception_handlers={HTTPException: _http_error, Exception: _unexpected},
       lifespan=server.lifespan,
   )
+  app.state.drain = server.drain
+  return app
 
 
 class _Server:
@@ -120,8 +125,12 @@ class _Server:
     try:
       yield
     finally:
-      await self._thread.stop(self._settings.drain_timeout)
+      await self._thread.stop(0.0)  # under uvicorn nothing runs by now
       self._generator.close()
+
+  async def drain(self) -> None:
+    """Takes no further request and lets those that run end, within the time for that."""
+    await self._thread.stop(self._settings.drain_timeout)
 
   def guarded(self, endpoint: str, handler: Handler) -> Handler:
     """Checks the API key, counts the request and words its errors."""
