@@ -257,14 +257,14 @@ def _prompts(args: argparse.Namespace) -> list[str]:
   return prompts
 
 
-def _read(name: str) -> str:
+def _read(name: str, needed: str = "a file with a prompt, or - for standard input") -> str:
   if name == "-" and sys.stdin is None:
     raise InputError("standard input is closed; give a prompt with --prompt or --file")
   try:
     data = sys.stdin.buffer.read() if name == "-" else pathlib.Path(name).read_bytes()
     return data.decode("utf-8")
   except FileNotFoundError:
-    raise InputError(f"{name} is missing; give a file with a prompt, or - for standard input") from None
+    raise InputError(f"{name} is missing; give {needed}") from None
   except UnicodeDecodeError as e:
     raise InputError(f"{name} is not UTF-8 text ({e.reason} at byte {e.start}); convert it") from None
 
@@ -370,7 +370,8 @@ def _serve(args: argparse.Namespace) -> int:
       model=args.served_model_name or pathlib.Path(args.model).resolve().name, api_key=_api_key(args.api_key_file),
       compression=compression, max_body_bytes=args.max_body_bytes, request_timeout=args.request_timeout,
       drain_timeout=args.drain_timeout)
-  logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+  logging.basicConfig(  # by force: libraries have set up the root logger when they were imported
+      level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
   with listen(Address(host=args.host, port=args.port)) as sock:
     if settings.api_key is None and not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
       print(f"kvc: warning: anyone who reaches {args.host} can use this server; give --api-key-file", file=sys.stderr)
@@ -399,7 +400,7 @@ def _warmed(which: str, compression: Any) -> dict[str, Any]:
 
 
 def _api_key(file: str | None) -> str | None:
-  key = os.environ.get("KVC_API_KEY", "") if file is None else _read(file)
+  key = os.environ.get("KVC_API_KEY", "") if file is None else _read(file, "a file with the API key")
   if file is not None and not key.strip():
     raise InputError(f"{file} is empty; put the API key into it")
   return key.strip() or None

@@ -129,7 +129,7 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 def _ids(value: Any) -> list[int]:
   if not isinstance(value, list) or not all(_is_id(i) for i in value):
-    raise _Wrong("give a list of token ids")
+    raise _Wrong(f"give a list of token ids, each from 0 to {LARGEST_COUNT}")
   return value
 
 

@@ -194,6 +194,7 @@ def test_models(client):
     ({"echo": True, "logprobs": 1}, ["echo does not go with logprobs"]),
     ({"stream_options": {"include_usage": True}}, ["stream_options"]),
     ({"stop": [""]}, ["stop"]),
+    ({"extra_body": {"stop_token_ids": [2**31 - 1, 5]}}, ["stop_token_ids", "each from 0 to 1073741824"]),
     ({"prompt": [1, 5000]}, ["5000", "outside the vocabulary"]),
     ({"prompt": "Once " * 600}, ["context", "context_length_exceeded"]),
     ({"extra_body": {"rate": 0.5}}, ["rate is 0.5", "at least 1"]),
