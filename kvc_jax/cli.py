@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kvc_jax.errors import InputError
+from kvc_jax.eviction.names import ALLOCATIONS, SCORINGS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -186,7 +187,7 @@ def _add_compression_options(parser: argparse.ArgumentParser, title: str = "comp
   group.add_argument("--sinks", type=int, help="first tokens that always stay (default: 0)")
   group.add_argument("--keep", action="append", type=_range, metavar="START:END",
                      help="token positions that are never evicted; may be repeated")
-  group.add_argument("--allocation", choices=("all", "layer", "head"),
+  group.add_argument("--allocation", choices=ALLOCATIONS,
                      help="heads that share a budget (default: all of a sequence)")
   group.add_argument("--interval", type=int,
                      help="decode steps between compressions; once after the prompt by default")
@@ -194,7 +195,7 @@ def _add_compression_options(parser: argparse.ArgumentParser, title: str = "comp
                      help="prompt tokens between compressions while the prompt is prefilled; by default once it is")
   group.add_argument("--on-demand", action="store_true", default=None,
                      help="compress again whenever memory is short; the text then depends on what else is served")
-  group.add_argument("--scoring", choices=("window", "full", "random"), help="what a KV is worth (default: window)")
+  group.add_argument("--scoring", choices=SCORINGS, help="what a KV is worth (default: window)")
   group.add_argument("--queries", type=int, help="prompt queries that --scoring window observes")
   group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention")
   group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries")
@@ -205,24 +206,26 @@ def _add_compression_options(parser: argparse.ArgumentParser, title: str = "comp
 
 _BUDGET_OPTIONS = ("rate", "max_cache_tokens")
 _COMPRESSION_OPTIONS = ("window", "sinks", "keep", "allocation", "interval", "prefill_interval", "on_demand")
-_SCORING_OPTIONS = {
-    "window": ("queries", "power", "reduction", "pooling", "buffer", "decode_every"),
-    "full": ("power", "reduction", "buffer", "decode_every"),
-    "random": (),
-}
+_SCORING_OPTIONS = ("queries", "power", "reduction", "pooling", "buffer", "decode_every")
+_MODEL_OPTIONS = ("dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "block_size", "chunk_size", "num_blocks",
+                  "kv_cache_memory_bytes")
 
 
 def _scoring(args: argparse.Namespace) -> Any:
-  import kvc_jax
+  from kvc_jax.eviction.rules import RULES
 
   name = args.scoring or "window"
-  given = _given(args, _SCORING_OPTIONS["window"])
-  unfit = [f"--{o}" for o in given if o not in _SCORING_OPTIONS[name]]
+  given, known = _given(args, _SCORING_OPTIONS), {field.name for field in dataclasses.fields(RULES[name])}
+  unfit = [_flag(option) for option in given if option not in known]
   if unfit:
     raise InputError(f"{', '.join(unfit)} does not go with --scoring {name}; leave it out")
-  if name == "random":
-    return kvc_jax.RandomScore(seed=getattr(args, "seed", None) or 0)
-  return (kvc_jax.WindowAttention if name == "window" else kvc_jax.FullAttention)(**given)
+  if "seed" in known:
+    given["seed"] = getattr(args, "seed", None) or 0
+  return RULES[name](**given)
+
+
+def _flag(name: str) -> str:
+  return f"--{name.replace('_', '-')}"
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -234,9 +237,8 @@ def _compression(args: argparse.Namespace) -> Any:
 
   options = _given(args, (*_BUDGET_OPTIONS, *_COMPRESSION_OPTIONS))
   if not _given(args, _BUDGET_OPTIONS):
-    idle = [*options, *_given(args, ("scoring", *_SCORING_OPTIONS["window"]))]
-    if idle:
-      raise InputError(f"--{idle[0]} compresses nothing without --rate or --max-cache-tokens; give one of them")
+    if idle := [*options, *_given(args, ("scoring", *_SCORING_OPTIONS))]:
+      raise InputError(f"{_flag(idle[0])} compresses nothing without --rate or --max-cache-tokens; give one of them")
     return None
   return kvc_jax.Compression(**options, scoring=_scoring(args))
 
@@ -272,11 +274,7 @@ def _read(name: str, needed: str = "a file with a prompt, or - for standard inpu
 def _load(args: argparse.Namespace) -> Any:
   import kvc_jax
 
-  return kvc_jax.LLM(
-      args.model, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len,
-      max_num_seqs=args.max_num_seqs, block_size=args.block_size, chunk_size=args.chunk_size,
-      num_blocks=args.num_blocks, kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-      progress=not getattr(args, "quiet", False))
+  return kvc_jax.LLM(args.model, **_given(args, _MODEL_OPTIONS), progress=not getattr(args, "quiet", False))
 
 
 def _as_prompts(llm: Any, args: argparse.Namespace) -> list[Any]:
@@ -376,9 +374,7 @@ def _serve(args: argparse.Namespace) -> int:
     if settings.api_key is None and not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
       print(f"kvc: warning: anyone who reaches {args.host} can use this server; give --api-key-file", file=sys.stderr)
     engine = Engine(
-        args.model, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs, block_size=args.block_size, chunk_size=args.chunk_size,
-        num_blocks=args.num_blocks, kv_cache_memory_bytes=args.kv_cache_memory_bytes, max_waiting=args.max_waiting,
+        args.model, **_given(args, _MODEL_OPTIONS), max_waiting=args.max_waiting,
         compilation_cache_dir=args.compilation_cache, progress=True, **_warmed(args.warm_up, compression))
     if args.warm_up != "none":
       engine.warm_up(progress=sys.stderr.isatty())
@@ -391,11 +387,10 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _warmed(which: str, compression: Any) -> dict[str, Any]:
   """Rules and allocations that an engine's warm-up compiles for."""
-  from kvc_jax.serving.protocol import ALLOCATIONS, SCORINGS
+  from kvc_jax.serving.protocol import named_rule
 
   if which == "all":
-    rules = {rule(): None for rule in SCORINGS.values()} | ({} if compression is None else {compression.scoring: None})
-    return {"rules": tuple(rules), "allocations": ALLOCATIONS}
+    return {"rules": tuple(named_rule(name, compression) for name in SCORINGS), "allocations": ALLOCATIONS}
   return {} if compression is None else {"rules": (compression.scoring,), "allocations": (compression.allocation,)}
 
 

@@ -12,13 +12,13 @@ from kvc_jax.errors import InputError
 from kvc_jax.serving import stream
 from kvc_jax.serving.api_error import ApiError
 from kvc_jax.serving.engine_thread import (
-  EngineFailed,
-  EngineStopping,
-  EngineThread,
-  Generation,
-  Progress,
-  Submission,
-  TooManyChoices,
+    EngineFailed,
+    EngineStopping,
+    EngineThread,
+    Generation,
+    Progress,
+    Submission,
+    TooManyChoices,
 )
 from kvc_jax.serving.metrics import Metrics
 from kvc_jax.serving.protocol import GenerationCall

@@ -212,6 +212,14 @@ def test_bad_fields_are_named(client, fields, parts):
   assert error.body["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(("fields", "param"), [
+    ({"prompt": [1, 5000]}, "prompt"), ({"prompt": "a", "n": 100}, "n"), ({"prompt": ["a"] * 100}, "prompt")])
+def test_what_the_engine_refuses_has_its_field_named(client, fields, param):
+  """More than 4 slots and 64 that wait, for one."""
+  error = _refused(openai.BadRequestError, lambda: client.completions.create(**GREEDY, **fields))
+  assert error.param == param
+
+
 @pytest.mark.parametrize(("fields", "parts"), [
     ({"messages": []}, ["messages", "at least one"]),
     ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "a"}]}, ["role"]),
