@@ -81,7 +81,7 @@ Handler = Callable[[Request], Awaitable[Any]]
 def create_app(engine: Engine, settings: AppSettings) -> Starlette:
   """The application; it starts a thread for the engine when it starts.
 
-  Whoever runs it awaits `app.state.drain()` before closing its sockets, so that /health tells of it meanwhile.
+  Whoever runs it awaits `app.state.stop(seconds)` before closing its sockets: /health tells of it meanwhile.
   """
   server = _Server(engine, settings)
   app = Starlette(
@@ -98,7 +98,7 @@ def create_app(engine: Engine, settings: AppSettings) -> Starlette:
       exception_handlers={HTTPException: _http_error, Exception: _unexpected},
       lifespan=server.lifespan,
   )
-  app.state.drain = server.drain
+  app.state.stop = server.stop
   return app
 
 
@@ -114,6 +114,7 @@ class _Server:
     self._generator = Generator(
         self._thread, engine.tokenizer, self._metrics, max_model_len=engine.max_model_len,
         timeout=settings.request_timeout)
+    self.stop = self._thread.stop
     self._defaults = Defaults(
         model=settings.model, max_model_len=engine.max_model_len, interval=engine.config.block_size,
         compression=settings.compression)
@@ -125,12 +126,8 @@ class _Server:
     try:
       yield
     finally:
-      await self._thread.stop(0.0)  # under uvicorn nothing runs by now
+      await self.stop(0.0)  # under uvicorn nothing runs by now
       self._generator.close()
-
-  async def drain(self) -> None:
-    """Takes no further request and lets those that run end, within the time for that."""
-    await self._thread.stop(self._settings.drain_timeout)
 
   def guarded(self, endpoint: str, handler: Handler) -> Handler:
     """Checks the API key, counts the request and words its errors."""

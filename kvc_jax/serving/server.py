@@ -59,20 +59,20 @@ def make_server(engine: Engine, settings: AppSettings, on_ready: Callable[[str],
   config = uvicorn.Config(
       app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
       server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, h11_max_incomplete_event_size=_HEADER_BYTES)
-  return _Server(config, on_ready, app.state.drain, settings.drain_timeout + _FLUSH_SECONDS)
+  return _Server(config, on_ready, app.state.stop, settings.drain_timeout)
 
 
 class _Server(uvicorn.Server):
   """Says when it is ready, and keeps its sockets open until the engine has drained."""
 
   def __init__(
-      self, config: uvicorn.Config, on_ready: Callable[[str], None], drain: Callable[[], Coroutine[Any, Any, None]],
-      longest_shutdown: float,
+      self, config: uvicorn.Config, on_ready: Callable[[str], None],
+      stop: Callable[[float], Coroutine[Any, Any, None]], drain_timeout: float,
   ):
     super().__init__(config)
     self._on_ready = on_ready
-    self._drain = drain
-    self._longest_shutdown = longest_shutdown
+    self._stop = stop
+    self._drain_timeout = drain_timeout
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
     await super().startup(sockets)
@@ -81,10 +81,13 @@ class _Server(uvicorn.Server):
       self._on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
   async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-    end = time.monotonic() + self._longest_shutdown
-    draining = asyncio.ensure_future(self._drain())
-    while not draining.done() and not self.force_exit:  # by a second Ctrl-C
+    end = time.monotonic() + self._drain_timeout + _FLUSH_SECONDS
+    draining = asyncio.ensure_future(self._stop(self._drain_timeout))
+    while not draining.done() and not self.force_exit:
       await asyncio.wait((draining,), timeout=0.1)
-    draining.cancel()
+    if self.force_exit:  # a second Ctrl-C ends what runs, a third does not wait for that either
+      self.force_exit = False
+      draining.cancel()
+      await self._stop(0.0)
     self.config.timeout_graceful_shutdown = max(1, round(end - time.monotonic()))
     await super().shutdown(sockets)

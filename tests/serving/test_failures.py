@@ -44,7 +44,9 @@ def test_an_engine_that_fails_answers_500_and_is_unhealthy(engine, monkeypatch, 
     engine.reset()
 
 
-def test_while_it_drains_health_says_so_and_a_stream_that_is_cut_ends_in_an_error(engine, monkeypatch, caplog):
+@pytest.mark.parametrize(("drain_timeout", "second_signal"), [(1.0, False), (600.0, True)])
+def test_while_it_drains_health_says_so_and_a_stream_that_is_cut_ends_in_an_error(
+    engine, monkeypatch, caplog, drain_timeout, second_signal):
   step = engine.step
 
   def slow_step():
@@ -53,7 +55,7 @@ def test_while_it_drains_health_says_so_and_a_stream_that_is_cut_ends_in_an_erro
 
   monkeypatch.setattr(engine, "step", slow_step)
   try:
-    with serving(engine, drain_timeout=1.0) as server:
+    with serving(engine, drain_timeout=drain_timeout) as server:
       body = {**BODY, "prompt": [PROMPT] * 8, "stream": True}
       with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=SECONDS) as answer:
         lines = answer.iter_lines()
@@ -65,6 +67,7 @@ def test_while_it_drains_health_says_so_and_a_stream_that_is_cut_ends_in_an_erro
         refused = httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=SECONDS)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
         assert server.get("/metrics")
+        server.server.force_exit = second_signal
         last = [line for line in lines if line][-1]
       assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
   finally:
