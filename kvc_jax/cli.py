@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kvc_jax.errors import InputError
+from kvc_jax.eviction.names import ALLOCATIONS, SCORINGS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -112,7 +113,8 @@ def _add_serve(commands: Any) -> None:
   group.add_argument("--api-key-file", help="file with the key that clients must bring; "
                      "by default the environment's KVC_API_KEY, or none")
   group.add_argument("--max-waiting", type=int, default=256,
-                     help="requests that may wait; others are refused with 429 (default: %(default)s)")
+                     help="sequences that may wait while no slot is free; others are refused with 429 "
+                     "(default: %(default)s)")
   group.add_argument("--max-body-bytes", type=int, default=4 << 20, help="of a request (default: %(default)s)")
   group.add_argument("--request-timeout", type=float, default=600, help="seconds (default: %(default)s)")
   group.add_argument("--drain-timeout", type=float, default=60,
@@ -185,7 +187,7 @@ def _add_compression_options(parser: argparse.ArgumentParser, title: str = "comp
   group.add_argument("--sinks", type=int, help="first tokens that always stay (default: 0)")
   group.add_argument("--keep", action="append", type=_range, metavar="START:END",
                      help="token positions that are never evicted; may be repeated")
-  group.add_argument("--allocation", choices=("all", "layer", "head"),
+  group.add_argument("--allocation", choices=ALLOCATIONS,
                      help="heads that share a budget (default: all of a sequence)")
   group.add_argument("--interval", type=int,
                      help="decode steps between compressions; once after the prompt by default")
@@ -193,7 +195,7 @@ def _add_compression_options(parser: argparse.ArgumentParser, title: str = "comp
                      help="prompt tokens between compressions while the prompt is prefilled; by default once it is")
   group.add_argument("--on-demand", action="store_true", default=None,
                      help="compress again whenever memory is short; the text then depends on what else is served")
-  group.add_argument("--scoring", choices=("window", "full", "random"), help="what a KV is worth (default: window)")
+  group.add_argument("--scoring", choices=SCORINGS, help="what a KV is worth (default: window)")
   group.add_argument("--queries", type=int, help="prompt queries that --scoring window observes")
   group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention")
   group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries")
@@ -204,24 +206,26 @@ def _add_compression_options(parser: argparse.ArgumentParser, title: str = "comp
 
 _BUDGET_OPTIONS = ("rate", "max_cache_tokens")
 _COMPRESSION_OPTIONS = ("window", "sinks", "keep", "allocation", "interval", "prefill_interval", "on_demand")
-_SCORING_OPTIONS = {
-    "window": ("queries", "power", "reduction", "pooling", "buffer", "decode_every"),
-    "full": ("power", "reduction", "buffer", "decode_every"),
-    "random": (),
-}
+_SCORING_OPTIONS = ("queries", "power", "reduction", "pooling", "buffer", "decode_every")
+_MODEL_OPTIONS = ("dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "block_size", "chunk_size", "num_blocks",
+                  "kv_cache_memory_bytes")
 
 
 def _scoring(args: argparse.Namespace) -> Any:
-  import kvc_jax
+  from kvc_jax.eviction.rules import RULES
 
   name = args.scoring or "window"
-  given = _given(args, _SCORING_OPTIONS["window"])
-  unfit = [f"--{o}" for o in given if o not in _SCORING_OPTIONS[name]]
+  given, known = _given(args, _SCORING_OPTIONS), {field.name for field in dataclasses.fields(RULES[name])}
+  unfit = [_flag(option) for option in given if option not in known]
   if unfit:
     raise InputError(f"{', '.join(unfit)} does not go with --scoring {name}; leave it out")
-  if name == "random":
-    return kvc_jax.RandomScore(seed=getattr(args, "seed", None) or 0)
-  return (kvc_jax.WindowAttention if name == "window" else kvc_jax.FullAttention)(**given)
+  if "seed" in known:
+    given["seed"] = getattr(args, "seed", None) or 0
+  return RULES[name](**given)
+
+
+def _flag(name: str) -> str:
+  return f"--{name.replace('_', '-')}"
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -233,9 +237,8 @@ def _compression(args: argparse.Namespace) -> Any:
 
   options = _given(args, (*_BUDGET_OPTIONS, *_COMPRESSION_OPTIONS))
   if not _given(args, _BUDGET_OPTIONS):
-    idle = [*options, *_given(args, ("scoring", *_SCORING_OPTIONS["window"]))]
-    if idle:
-      raise InputError(f"--{idle[0]} compresses nothing without --rate or --max-cache-tokens; give one of them")
+    if idle := [*options, *_given(args, ("scoring", *_SCORING_OPTIONS))]:
+      raise InputError(f"{_flag(idle[0])} compresses nothing without --rate or --max-cache-tokens; give one of them")
     return None
   return kvc_jax.Compression(**options, scoring=_scoring(args))
 
@@ -256,14 +259,14 @@ def _prompts(args: argparse.Namespace) -> list[str]:
   return prompts
 
 
-def _read(name: str) -> str:
+def _read(name: str, needed: str = "a file with a prompt, or - for standard input") -> str:
   if name == "-" and sys.stdin is None:
     raise InputError("standard input is closed; give a prompt with --prompt or --file")
   try:
     data = sys.stdin.buffer.read() if name == "-" else pathlib.Path(name).read_bytes()
     return data.decode("utf-8")
   except FileNotFoundError:
-    raise InputError(f"{name} is missing; give a file with a prompt, or - for standard input") from None
+    raise InputError(f"{name} is missing; give {needed}") from None
   except UnicodeDecodeError as e:
     raise InputError(f"{name} is not UTF-8 text ({e.reason} at byte {e.start}); convert it") from None
 
@@ -271,11 +274,7 @@ def _read(name: str) -> str:
 def _load(args: argparse.Namespace) -> Any:
   import kvc_jax
 
-  return kvc_jax.LLM(
-      args.model, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len,
-      max_num_seqs=args.max_num_seqs, block_size=args.block_size, chunk_size=args.chunk_size,
-      num_blocks=args.num_blocks, kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-      progress=not getattr(args, "quiet", False))
+  return kvc_jax.LLM(args.model, **_given(args, _MODEL_OPTIONS), progress=not getattr(args, "quiet", False))
 
 
 def _as_prompts(llm: Any, args: argparse.Namespace) -> list[Any]:
@@ -369,14 +368,13 @@ def _serve(args: argparse.Namespace) -> int:
       model=args.served_model_name or pathlib.Path(args.model).resolve().name, api_key=_api_key(args.api_key_file),
       compression=compression, max_body_bytes=args.max_body_bytes, request_timeout=args.request_timeout,
       drain_timeout=args.drain_timeout)
-  logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+  logging.basicConfig(  # by force: libraries have set up the root logger when they were imported
+      level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
   with listen(Address(host=args.host, port=args.port)) as sock:
     if settings.api_key is None and not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
       print(f"kvc: warning: anyone who reaches {args.host} can use this server; give --api-key-file", file=sys.stderr)
     engine = Engine(
-        args.model, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs, block_size=args.block_size, chunk_size=args.chunk_size,
-        num_blocks=args.num_blocks, kv_cache_memory_bytes=args.kv_cache_memory_bytes, max_waiting=args.max_waiting,
+        args.model, **_given(args, _MODEL_OPTIONS), max_waiting=args.max_waiting,
         compilation_cache_dir=args.compilation_cache, progress=True, **_warmed(args.warm_up, compression))
     if args.warm_up != "none":
       engine.warm_up(progress=sys.stderr.isatty())
@@ -389,16 +387,15 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _warmed(which: str, compression: Any) -> dict[str, Any]:
   """Rules and allocations that an engine's warm-up compiles for."""
-  from kvc_jax.serving.protocol import ALLOCATIONS, SCORINGS
+  from kvc_jax.serving.protocol import named_rule
 
   if which == "all":
-    rules = {rule(): None for rule in SCORINGS.values()} | ({} if compression is None else {compression.scoring: None})
-    return {"rules": tuple(rules), "allocations": ALLOCATIONS}
+    return {"rules": tuple(named_rule(name, compression) for name in SCORINGS), "allocations": ALLOCATIONS}
   return {} if compression is None else {"rules": (compression.scoring,), "allocations": (compression.allocation,)}
 
 
 def _api_key(file: str | None) -> str | None:
-  key = os.environ.get("KVC_API_KEY", "") if file is None else _read(file)
+  key = os.environ.get("KVC_API_KEY", "") if file is None else _read(file, "a file with the API key")
   if file is not None and not key.strip():
     raise InputError(f"{file} is empty; put the API key into it")
   return key.strip() or None

@@ -8,6 +8,8 @@ import threading
 import time
 import urllib.request
 
+import uvicorn
+
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine.engine import Engine
 from kvc_jax.serving.app import AppSettings
@@ -24,6 +26,7 @@ class Running:
 
   url: str
   engine: Engine
+  server: uvicorn.Server
 
   def get(self, path):
     with urllib.request.urlopen(self.url + path, timeout=SECONDS) as answer:
@@ -65,7 +68,7 @@ def serving(engine, **settings):
     thread.start()
     try:
       assert ready.wait(SECONDS)
-      yield Running(urls[0], engine)
+      yield Running(urls[0], engine, server)
     finally:
       server.should_exit = True
       thread.join(SECONDS)

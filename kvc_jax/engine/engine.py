@@ -102,7 +102,8 @@ class Engine:
         default what max_num_seqs full sequences need, but at most 90% of the
         device's free memory (1 GiB on the CPU).
       seed: of requests that bring none.
-      max_waiting: sequences that may wait; None for any number.
+      max_waiting: sequences that may wait beside those that free slots are there for; None
+        for any number.
       steps_per_sync: K, most decode steps between two looks at their results. More
         make the host's part smaller, and stop strings and new requests later.
       chunks_per_step: prompt chunks between decode steps.
@@ -225,7 +226,7 @@ class Engine:
     Raises:
       InputError: the prompt is empty, too long, out of the vocabulary, or too large
         for the whole pool.
-      QueueFull: `max_waiting` sequences wait already.
+      QueueFull: more than `max_waiting` sequences would wait.
     """
     params = SamplingParams() if params is None else params
     _check_types(params, compression)
@@ -268,9 +269,11 @@ class Engine:
         output=OutputText(decoder, params.stop_strings))
 
   def _check_queue(self, more: int) -> None:
+    free = self.config.num_slots - len(self._scheduler.running)
     waiting = len(self._scheduler.waiting)
-    if self._max_waiting is not None and waiting + more > self._max_waiting:
-      raise QueueFull(f"{waiting} sequences wait and {self._max_waiting} may; try again later")
+    if self._max_waiting is not None and waiting + more > self._max_waiting + free:
+      raise QueueFull(f"{waiting} sequences wait for {free} free slots and {self._max_waiting} may wait beside them; "
+                      "try again later")
 
   def cancel(self, request_id: int) -> bool:
     """Ends a request without a further update; its slots and blocks are free at once.
@@ -336,7 +339,7 @@ class Engine:
     Raises:
       InputError: the file is missing, damaged or of another model, or does not fit this
         engine's cache or context.
-      QueueFull: `max_waiting` sequences wait already.
+      QueueFull: more than `max_waiting` sequences would wait.
     """
     file = load_sequence(path, model=self._name_of_model())
     check_fits(self.batch.state, file.snapshot)

@@ -10,7 +10,8 @@ from kvc_jax.sampling import MOST_LOGPROBS
 
 FinishReason = Literal["stop", "length", "cache_full"]
 
-_MOST_SAMPLES = 128
+MOST_SAMPLES = 128
+"""Of one prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class SamplingParams:
     check_count("SamplingParams: max_tokens", self.max_tokens, at_least=1)
     if self.seed is not None:
       check_count("SamplingParams: seed", self.seed, at_least=0, at_most=2**32 - 1)
-    check_count("SamplingParams: n", self.n, at_least=1, at_most=_MOST_SAMPLES)
+    check_count("SamplingParams: n", self.n, at_least=1, at_most=MOST_SAMPLES)
     if self.logprobs is not None:
       check_count("SamplingParams: logprobs", self.logprobs, at_least=0, at_most=MOST_LOGPROBS)
     self._check_stops()

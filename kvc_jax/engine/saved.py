@@ -8,12 +8,10 @@ from kvc_jax.engine.request import SamplingParams, TokenLogprobs
 from kvc_jax.engine.sequence import Sequence
 from kvc_jax.errors import InputError
 from kvc_jax.eviction.compression import Compression
+from kvc_jax.eviction.rules import RULES
 from kvc_jax.eviction.score import ScoringRule
-from kvc_jax.eviction.score_full import FullAttention
-from kvc_jax.eviction.score_random import RandomScore
-from kvc_jax.eviction.score_window import WindowAttention
 
-_RULES: dict[str, Any] = {rule.__name__: rule for rule in (WindowAttention, FullAttention, RandomScore)}
+_RULES: dict[str, Any] = {rule.__name__: rule for rule in RULES.values()}
 _PROGRESS = ("steps", "compressions", "freed_blocks", "compressed_at")
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import math
 
 from kvc_jax.errors import InputError, check_count, check_real
+from kvc_jax.eviction.names import ALLOCATIONS, Allocation
 from kvc_jax.eviction.score import ScoringRule, check_rule
 from kvc_jax.eviction.score_window import WindowAttention
-from kvc_jax.eviction.step import Allocation
 
 MOST_KEPT_RANGES = 8
 """Of one request: their number is part of the eviction step's shapes."""
@@ -67,8 +67,8 @@ class Compression:
           f"Compression: max_cache_tokens ({self.max_cache_tokens}) is below window + sinks "
           f"({self.window} + {self.sinks}), which are never evicted; raise it or shrink the window")
     check_rule(self.scoring)
-    if self.allocation not in ("all", "layer", "head"):
-      raise InputError(f"Compression: allocation is {self.allocation!r}; give 'all', 'layer' or 'head'")
+    if self.allocation not in ALLOCATIONS:
+      raise InputError(f"Compression: allocation is {self.allocation!r}; give one of {', '.join(ALLOCATIONS)}")
     if self.interval is not None:
       check_count("Compression: interval", self.interval, at_least=1, hint=" decode steps, or None for once")
     if self.prefill_interval is not None:

@@ -1,7 +1,6 @@
 """The eviction step: value, select, compact, free, in one jittable function."""
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,9 @@ from jaxtyping import Array, Int
 from kvc_jax.cache.alloc import blocks_held, ignore_outside, push_blocks
 from kvc_jax.cache.state import NULL_BLOCK, CacheState
 from kvc_jax.eviction.compact import compact
+from kvc_jax.eviction.names import ALLOCATIONS, Allocation
 from kvc_jax.eviction.score import HeldKVs, ScoringRule
 from kvc_jax.eviction.select import keys_of, select
-
-Allocation = Literal["all", "layer", "head"]
 
 
 @jax.tree_util.register_dataclass
@@ -69,8 +67,8 @@ def evict(
     The new state and what was done. A budget that protected tokens do not fit in
     frees what it can; `lengths` tells.
   """
-  if allocation not in ("all", "layer", "head"):
-    raise ValueError(f"allocation is {allocation!r}; give 'all', 'layer' or 'head'")
+  if allocation not in ALLOCATIONS:
+    raise ValueError(f"allocation is {allocation!r}; give one of {', '.join(ALLOCATIONS)}")
   slots = ignore_outside(slots, state.num_slots)
   columns = state.max_blocks_per_head
   if max_tokens is not None:

@@ -79,9 +79,12 @@ Handler = Callable[[Request], Awaitable[Any]]
 
 
 def create_app(engine: Engine, settings: AppSettings) -> Starlette:
-  """The application; it starts a thread for the engine when it starts."""
+  """The application; it starts a thread for the engine when it starts.
+
+  Whoever runs it awaits `app.state.stop(seconds)` before closing its sockets: /health tells of it meanwhile.
+  """
   server = _Server(engine, settings)
-  return Starlette(
+  app = Starlette(
       routes=[
           Route("/v1/completions", server.guarded("completions", server.completions), methods=["POST"]),
           Route("/v1/chat/completions", server.guarded("chat", server.chat), methods=["POST"]),
@@ -95,6 +98,8 @@ def create_app(engine: Engine, settings: AppSettings) -> Starlette:
       exception_handlers={HTTPException: _http_error, Exception: _unexpected},
       lifespan=server.lifespan,
   )
+  app.state.stop = server.stop
+  return app
 
 
 class _Server:
@@ -109,6 +114,7 @@ class _Server:
     self._generator = Generator(
         self._thread, engine.tokenizer, self._metrics, max_model_len=engine.max_model_len,
         timeout=settings.request_timeout)
+    self.stop = self._thread.stop
     self._defaults = Defaults(
         model=settings.model, max_model_len=engine.max_model_len, interval=engine.config.block_size,
         compression=settings.compression)
@@ -120,7 +126,7 @@ class _Server:
     try:
       yield
     finally:
-      await self._thread.stop(self._settings.drain_timeout)
+      await self.stop(0.0)  # under uvicorn nothing runs by now
       self._generator.close()
 
   def guarded(self, endpoint: str, handler: Handler) -> Handler:

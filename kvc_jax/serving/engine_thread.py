@@ -26,10 +26,23 @@ _T = TypeVar("_T")
 
 _STATS_SECONDS = 0.1
 _KVS_KEPT_SECONDS = 0.5
+_LAST_STEP_SECONDS = 5.0
+_POLL_SECONDS = 0.02
 
 
 class EngineFailed(Exception):
-  """The engine has raised an exception, or is stopping; it answers nothing any more."""
+  """The engine has raised an exception; it answers nothing any more."""
+
+
+class EngineStopping(EngineFailed):
+  """The server is stopping: nothing new is taken, and what did not end in time has failed."""
+
+  def __init__(self):
+    super().__init__("the server is stopping")
+
+
+class TooManyChoices(InputError):
+  """More than would fit even where nothing else is served."""
 
 
 class ServedEngine(Protocol):
@@ -121,6 +134,7 @@ class EngineThread:
     self._lock = threading.Lock()  # of _closed, so that no command is left in the queue
     self._closed = False
     self._stopping = False
+    self._is_over = False  # requests that run may go on no longer
     self._requests: dict[int, tuple[Generation, int]] = {}
     self._loop: asyncio.AbstractEventLoop | None = None
     self._thread = threading.Thread(target=self._run, name="kvc-engine", daemon=True)
@@ -143,16 +157,20 @@ class EngineThread:
     self._thread.start()
 
   async def stop(self, timeout: float) -> None:
-    """Lets running requests end, or fails them where that takes longer than `timeout` seconds."""
-    self._stopping = True
-    self._post(lambda: None)
-    await asyncio.to_thread(self._thread.join, timeout)
-    if self._thread.is_alive():
-      self._post(self._stop_now)
-      await asyncio.to_thread(self._thread.join, 5.0)
+    """Lets running requests end, or fails them where that takes longer than `timeout` seconds.
 
-  def _stop_now(self) -> None:
-    raise EngineFailed("the server is stopping")
+    From now on others are refused. May be called again, also while it runs or after it was cancelled.
+    """
+    self._stopping = True
+    self._post(lambda: None)  # wakes the thread up
+    await self._ended(timeout)
+    self._is_over = True
+    await self._ended(_LAST_STEP_SECONDS)
+
+  async def _ended(self, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while self._thread.is_alive() and time.monotonic() < end:
+      await asyncio.sleep(_POLL_SECONDS)
 
   async def submit(self, submissions: Sequence[Submission]) -> Generation:
     """Adds all prompts of a call, or none.
@@ -162,6 +180,8 @@ class EngineThread:
       QueueFull: too many requests wait.
       EngineFailed: the engine has failed or is stopping.
     """
+    if self._stopping:
+      raise self._refusal()
     generation = Generation(sum(s.params.n for s in submissions))
     try:
       await self._call(lambda: self._add(generation, submissions))
@@ -195,7 +215,7 @@ class EngineThread:
         return
       try:
         if self.failure is not None or self._closed:
-          raise EngineFailed("the engine has failed; restart the server")
+          raise self._refusal()
         result.set_result(function())
       except Exception as e:
         result.set_exception(e)
@@ -203,25 +223,31 @@ class EngineThread:
     self._post(run)
     return await asyncio.wrap_future(result)
 
+  def _refusal(self) -> EngineFailed:
+    if self._stopping and (self.failure is None or isinstance(self.failure, EngineStopping)):
+      return EngineStopping()
+    return EngineFailed("the engine has failed; restart the server")
+
   def _post(self, command: Callable[[], None]) -> None:
     with self._lock:
       if not self._closed:
         self._commands.put(command)
         return
-    if self.failure is None:
-      self.failure = EngineFailed("the server is stopping")
-    command()  # nobody else will; it finds the failure
+    command()  # nobody else will; it finds the thread closed
 
   # --- On the thread ------------------------------------------------------------------------
 
   def _run(self) -> None:
     try:
-      while not self._stopping or self._engine.has_work:
+      while not self._stopping or (self._engine.has_work and not self._is_over):
         self._run_commands(wait=not self._engine.has_work)
         if self._engine.has_work:
           self._hand_out(self._engine.step())
         self._put_down_stats()
+      if self._engine.has_work:
+        self._fail(EngineStopping())
     except Exception as e:
+      _log.error("the engine has failed; every request ends", exc_info=e)
       self._fail(e)
       while not self._stopping:
         self._run_commands(wait=True)
@@ -240,13 +266,10 @@ class EngineThread:
       command()
 
   def _fail(self, e: Exception) -> None:
-    if not isinstance(e, EngineFailed):
-      _log.error("the engine has failed; every request ends", exc_info=e)
     self.failure = e
     generations = {id(g): g for g, _ in self._requests.values()}
     self._requests.clear()
-    message = "the engine has failed; restart the server" if not isinstance(e, EngineFailed) else str(e)
-    self._deliver([(g, EngineFailed(message)) for g in generations.values()])
+    self._deliver([(g, self._refusal()) for g in generations.values()])
 
   def _add(self, generation: Generation, submissions: Sequence[Submission]) -> None:
     idle = not self._engine.has_work
@@ -258,13 +281,14 @@ class EngineThread:
     except Exception as e:
       self._cancel(generation)
       if idle and isinstance(e, QueueFull):  # trying again would not help
-        raise InputError("the request asks for more choices than may wait in this server; ask for fewer") from None
+        raise TooManyChoices("the request asks for more choices than this server can run and let wait; ask for fewer"
+                             ) from None
       raise
     finally:
       self._put_down_stats(now=True)
 
   def _cancel(self, generation: Generation) -> None:
-    if self.failure is not None:
+    if self.failure is not None or self._closed:
       return
     for request_id in generation.request_ids:
       if self._requests.pop(request_id, None):

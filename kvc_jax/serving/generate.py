@@ -8,9 +8,18 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from kvc_jax.engine.request import RequestOutput
+from kvc_jax.errors import InputError
 from kvc_jax.serving import stream
 from kvc_jax.serving.api_error import ApiError
-from kvc_jax.serving.engine_thread import EngineFailed, EngineThread, Generation, Progress, Submission
+from kvc_jax.serving.engine_thread import (
+    EngineFailed,
+    EngineStopping,
+    EngineThread,
+    Generation,
+    Progress,
+    Submission,
+    TooManyChoices,
+)
 from kvc_jax.serving.metrics import Metrics
 from kvc_jax.serving.protocol import GenerationCall
 from kvc_jax.serving.responses import AnswerForm, usage_of
@@ -39,7 +48,7 @@ class Generator:
     """Submits a call; what is left of it at the exit is cancelled.
 
     Raises:
-      InputError, ApiError: a prompt is at fault.
+      ApiError: a prompt is at fault.
       QueueFull: too many requests wait.
       EngineFailed: the engine has failed or is stopping.
     """
@@ -55,14 +64,18 @@ class Generator:
 
   async def submit(self, call: GenerationCall) -> "Answer":
     """As `accepted`, but the caller has to call `end`."""
-    prompts = await self._encoded(call)
+    prompts, field = await self._encoded(call), "prompt" if call.prompts else "messages"
     for ids in prompts:
       if len(ids) >= self._max_model_len:
         raise ApiError(
             400, f"the prompt has {len(ids)} tokens, but the context is {self._max_model_len} with at least one to "
-            "generate; shorten it", param="prompt" if call.prompts else "messages", code="context_length_exceeded")
-    generation = await self._thread.submit(
-        [Submission(prompt=ids, params=call.params, compression=call.compression) for ids in prompts])
+            "generate; shorten it", param=field, code="context_length_exceeded")
+    try:
+      generation = await self._thread.submit(
+          [Submission(prompt=ids, params=call.params, compression=call.compression) for ids in prompts])
+    except InputError as e:
+      param = "n" if isinstance(e, TooManyChoices) and call.params.n > 1 else field
+      raise ApiError(400, str(e), param=param) from None
     echoes = self._echoes(call) if call.echo else [""] * (len(prompts) * call.params.n)
     return Answer(call, generation, echoes, time.monotonic() + self._timeout)
 
@@ -170,7 +183,9 @@ class Answer:
 
 
 def engine_failed(e: EngineFailed) -> ApiError:
-  """The error of a call whose engine is gone."""
+  """The error of a call whose engine is gone, or about to go."""
+  if isinstance(e, EngineStopping):
+    return ApiError(503, str(e), code="stopping")
   return ApiError(500, str(e), code="engine_failed")
 
 

@@ -5,26 +5,18 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from kvc_jax.engine.request import SamplingParams
+from kvc_jax.engine.request import MOST_SAMPLES, SamplingParams
 from kvc_jax.errors import LARGEST_COUNT, InputError
 from kvc_jax.eviction.compression import Compression
+from kvc_jax.eviction.names import ALLOCATIONS, SCORINGS
+from kvc_jax.eviction.rules import RULES
 from kvc_jax.eviction.score import ScoringRule
-from kvc_jax.eviction.score_full import FullAttention
-from kvc_jax.eviction.score_random import RandomScore
-from kvc_jax.eviction.score_window import WindowAttention
-from kvc_jax.eviction.step import Allocation
+from kvc_jax.sampling import MOST_LOGPROBS
 from kvc_jax.serving.api_error import ApiError
 
 Endpoint = Literal["completions", "chat"]
 
-_MOST_CHOICES = 128
 _MOST_STOPS = 16
-_MOST_LOGPROBS = 20
-SCORINGS: dict[str, Callable[[], ScoringRule]] = {
-    "window": WindowAttention, "full": FullAttention, "random": RandomScore}
-"""Rules by name alone: each new combination of a rule's numbers would compile anew."""
-
-ALLOCATIONS: tuple[Allocation, ...] = ("all", "layer", "head")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +54,8 @@ class Defaults:
     model: name that clients give.
     max_model_len: tokens that a chat's answer may have at most.
     interval: decode steps between compressions with `compress_once` false.
-    compression: of requests that say nothing of it.
+    compression: of requests that say nothing of it; those that name a budget take from it
+      what else they leave out.
   """
 
   model: str
@@ -129,7 +122,7 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 def _ids(value: Any) -> list[int]:
   if not isinstance(value, list) or not all(_is_id(i) for i in value):
-    raise _Wrong("give a list of token ids")
+    raise _Wrong(f"give a list of token ids, each from 0 to {LARGEST_COUNT}")
   return value
 
 
@@ -238,7 +231,7 @@ FIELDS: dict[str, Field] = {
     "top_k": Field(_whole(-1, LARGEST_COUNT), "most probable tokens to draw from; all by default"),
     "min_p": Field(_real(0, 1), "least probability, relative to the best token's; 0 by default"),
     "seed": Field(_whole(0, 2**32 - 1), "of the draws"),
-    "n": Field(_whole(1, _MOST_CHOICES), "samples of each prompt; 1 by default"),
+    "n": Field(_whole(1, MOST_SAMPLES), "samples of each prompt; 1 by default"),
     "stop": Field(_stops, f"text or up to {_MOST_STOPS} texts that end the answer"),
     "stop_token_ids": Field(_ids, "token ids that end the answer"),
     "ignore_eos": Field(_flag, "go on past end-of-sequence tokens"),
@@ -246,8 +239,8 @@ FIELDS: dict[str, Field] = {
     "stream": Field(_flag, "send each piece of text as it comes"),
     "stream_options": Field(_stream_options, "`include_usage`: usage and receipt behind the last piece"),
     "echo": Field(_flag, "put the prompt in front of the text; not with logprobs", ("completions",)),
-    "logprobs": Field(_whole(0, _MOST_LOGPROBS), "most probable tokens to give with each token; a flag for chat"),
-    "top_logprobs": Field(_whole(0, _MOST_LOGPROBS), "the same for chat, beside `logprobs: true`", ("chat",)),
+    "logprobs": Field(_whole(0, MOST_LOGPROBS), "most probable tokens to give with each token; a flag for chat"),
+    "top_logprobs": Field(_whole(0, MOST_LOGPROBS), "the same for chat, beside `logprobs: true`", ("chat",)),
     "rate": Field(_real(1, LARGEST_COUNT), "keep one KV in so many outside the window"),
     "max_cache_tokens": Field(_whole(-1, LARGEST_COUNT), "keep so many tokens per head, on average; -1 is no bound"),
     "window": Field(_whole(1, LARGEST_COUNT), "newest tokens that always stay; 32 by default"),
@@ -314,8 +307,8 @@ def parse_call(endpoint: Endpoint, body: Any, defaults: Defaults) -> GenerationC
   if given.get("echo") and logprobs is not None:
     raise ApiError(400, "echo does not go with logprobs; leave one of them out", param="echo")
   prompts = given.get("prompt", ())
-  if len(prompts) * n > _MOST_CHOICES:
-    raise ApiError(400, f"{len(prompts)} prompts of {n} samples are too many; ask for {_MOST_CHOICES} choices at most",
+  if len(prompts) * n > MOST_SAMPLES:
+    raise ApiError(400, f"{len(prompts)} prompts of {n} samples are too many; ask for {MOST_SAMPLES} choices at most",
                    param="n" if n > 1 else "prompt")
   return GenerationCall(
       endpoint=endpoint, prompts=prompts, messages=given.get("messages", ()), stream=stream,
@@ -371,11 +364,19 @@ def _compression(given: Mapping[str, Any], defaults: Defaults) -> Compression | 
     return defaults.compression
   _take_reference_names(options, defaults)
   if "scoring" in options:
-    options["scoring"] = SCORINGS[options["scoring"]]()
+    options["scoring"] = named_rule(options["scoring"], defaults.compression)
   try:
-    return Compression(**options)
+    if defaults.compression is None:
+      return Compression(**options)
+    return dataclasses.replace(defaults.compression, **{**dict.fromkeys(_BUDGETS), **options})
   except InputError as e:
     raise ApiError(400, str(e).removeprefix("Compression: ")) from None
+
+
+def named_rule(name: str, own: Compression | None) -> ScoringRule:
+  """The rule that a request names: the server's own numbers or the default ones, as others would compile anew."""
+  rule = RULES[name]
+  return own.scoring if own is not None and isinstance(own.scoring, rule) else rule()
 
 
 def _take_reference_names(options: dict[str, Any], defaults: Defaults) -> None:
@@ -385,5 +386,7 @@ def _take_reference_names(options: dict[str, Any], defaults: Defaults) -> None:
   once = options.pop("compress_once", None)
   if once and "interval" in options:
     raise ApiError(400, "compress_once and interval contradict each other; give one of them", param="compress_once")
-  if once is False:
+  if once:
+    options["interval"] = None
+  elif once is False:
     options.setdefault("interval", defaults.interval)

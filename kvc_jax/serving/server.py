@@ -1,8 +1,11 @@
 """Runs the application under uvicorn until it is told to stop."""
 
+import asyncio
 import dataclasses
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import uvicorn
 
@@ -12,6 +15,8 @@ from kvc_jax.serving.app import AppSettings, create_app
 
 _KEEP_ALIVE_SECONDS = 30
 _HEADER_BYTES = 32 << 10
+_FLUSH_SECONDS = 10.0
+"""For answers to reach their clients, behind the time in which requests may end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,22 +55,39 @@ def make_server(engine: Engine, settings: AppSettings, on_ready: Callable[[str],
     settings: of the application.
     on_ready: called with the server's URL once it answers.
   """
+  app = create_app(engine, settings)
   config = uvicorn.Config(
-      create_app(engine, settings), http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
-      server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, h11_max_incomplete_event_size=_HEADER_BYTES,
-      timeout_graceful_shutdown=max(1, round(settings.drain_timeout)))
-  return _Server(config, on_ready)
+      app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
+      server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, h11_max_incomplete_event_size=_HEADER_BYTES)
+  return _Server(config, on_ready, app.state.stop, settings.drain_timeout)
 
 
 class _Server(uvicorn.Server):
-  """Says when it is ready."""
+  """Says when it is ready, and keeps its sockets open until the engine has drained."""
 
-  def __init__(self, config: uvicorn.Config, on_ready: Callable[[str], None]):
+  def __init__(
+      self, config: uvicorn.Config, on_ready: Callable[[str], None],
+      stop: Callable[[float], Coroutine[Any, Any, None]], drain_timeout: float,
+  ):
     super().__init__(config)
     self._on_ready = on_ready
+    self._stop = stop
+    self._drain_timeout = drain_timeout
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
     await super().startup(sockets)
     if self.started and sockets:
       host, port = sockets[0].getsockname()[:2]
       self._on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+  async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    end = time.monotonic() + self._drain_timeout + _FLUSH_SECONDS
+    draining = asyncio.ensure_future(self._stop(self._drain_timeout))
+    while not draining.done() and not self.force_exit:
+      await asyncio.wait((draining,), timeout=0.1)
+    if self.force_exit:  # a second Ctrl-C ends what runs, a third does not wait for that either
+      self.force_exit = False
+      draining.cancel()
+      await self._stop(0.0)
+    self.config.timeout_graceful_shutdown = max(1, round(end - time.monotonic()))
+    await super().shutdown(sockets)

@@ -294,12 +294,31 @@ def test_cancel_frees_at_once(roomy):
 
 
 def test_a_full_queue_refuses():
-  engine = Engine(STORIES, max_num_seqs=1, block_size=4, chunk_size=32, max_model_len=64, max_waiting=2)
-  engine.add("a")
-  engine.add("b")
-  with pytest.raises(QueueFull, match="2 sequences wait and 2 may; try again later"):
-    engine.add("c")
-  assert engine.stats().waiting == 2
+  """Free slots are there for as many beside those that may wait; a slot that is taken is not."""
+  engine = Engine(STORIES, max_num_seqs=2, block_size=4, chunk_size=32, max_model_len=64, max_waiting=1)
+  refused = pytest.raises(QueueFull, match="may wait beside them; try again later")
+  with refused:
+    engine.add("a", SamplingParams(n=4))
+  engine.add("a", SamplingParams(n=3))
+  with refused:
+    engine.add("b")
+  while engine.stats().running < 2:
+    engine.step()
+  assert engine.stats().waiting == 1
+  with refused:
+    engine.add("b")
+
+
+def test_an_engine_without_a_queue_fills_its_slots():
+  engine = Engine(STORIES, max_num_seqs=2, block_size=4, chunk_size=32, max_model_len=64, max_waiting=0)
+  engine.warm_up()
+  params = dataclasses.replace(GREEDY, max_tokens=2)
+  for _ in range(2):
+    engine.add("a", params)
+    engine.add("b", params)
+    with pytest.raises(QueueFull):
+      engine.add("c", params)
+    assert len(_serve(engine)) == 2
 
 
 def test_compression_on_demand_lets_others_start(tight):

@@ -211,5 +211,5 @@ def test_unknown_allocation_is_refused():
   held = {0: (1, [[[(0, 0.0)]]])}
   state = build_cache(np.random.default_rng(0), held, slots=1, block_size=2, max_blocks=2, num_blocks=3)
   one = np.array([0])
-  with pytest.raises(ValueError, match="'all', 'layer' or 'head'"):
+  with pytest.raises(ValueError, match="give one of all, layer, head"):
     evict(state, one, one, one, one, rule=WindowAttention(), allocation="heads")

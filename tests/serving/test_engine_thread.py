@@ -9,7 +9,7 @@ import pytest
 
 from kvc_jax.engine.request import EngineStats, SamplingParams, Update
 from kvc_jax.errors import InputError, QueueFull
-from kvc_jax.serving.engine_thread import EngineFailed, EngineThread, Submission
+from kvc_jax.serving.engine_thread import EngineFailed, EngineStopping, EngineThread, Submission
 
 SECONDS = 20
 
@@ -232,6 +232,44 @@ def test_what_does_not_drain_in_time_is_failed():
     generation = await thread.submit([_submission(1)])
     await thread.stop(0.1)
     with pytest.raises(EngineFailed, match="stopping"):
+      await _to_the_end(generation)
+
+  asyncio.run(asyncio.wait_for(run(), SECONDS))
+
+
+def test_stopping_again_is_harmless():
+  """Whether it comes at the same time, when the thread is about to end, or long after."""
+
+  async def run():
+    for engine in [FakeEngine(tokens=10**9), *(FakeEngine(tokens=1) for _ in range(50))]:
+      thread = EngineThread(engine, Clock())
+      thread.start()
+      generation = await thread.submit([_submission(1)])
+      await asyncio.gather(*(thread.stop(0.0) for _ in range(3)))
+      await thread.stop(0.0)
+      thread.cancel(generation)
+      assert thread.state == "stopping"
+      with pytest.raises(EngineStopping):
+        await thread.submit([_submission(2)])
+
+  asyncio.run(asyncio.wait_for(run(), SECONDS))
+
+
+def test_while_it_drains_others_are_refused():
+  engine = FakeEngine(tokens=10**9)
+
+  async def run():
+    thread = EngineThread(engine, Clock())
+    thread.start()
+    generation = await thread.submit([_submission(1)])
+    stopping = asyncio.create_task(thread.stop(SECONDS))
+    await asyncio.sleep(0)
+    with pytest.raises(EngineStopping):
+      await thread.submit([_submission(2)])
+    assert (await thread.kvs_kept(SECONDS)).sum() == 6  # it can be watched still
+    stopping.cancel()
+    await thread.stop(0.0)
+    with pytest.raises(EngineStopping):
       await _to_the_end(generation)
 
   asyncio.run(asyncio.wait_for(run(), SECONDS))

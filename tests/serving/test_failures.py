@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import time
 import urllib.parse
 
 import httpx
@@ -11,7 +12,8 @@ from running_server import SECONDS, serving
 
 from kvc_jax.serving.stream import EventStream
 
-BODY = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
+PROMPT = "Once upon a time"
+BODY = {"model": "stories", "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -40,6 +42,37 @@ def test_an_engine_that_fails_answers_500_and_is_unhealthy(engine, monkeypatch, 
       assert json.loads(server.get("/status"))["status"] == "failed"
   finally:
     engine.reset()
+
+
+@pytest.mark.parametrize(("drain_timeout", "second_signal"), [(1.0, False), (600.0, True)])
+def test_while_it_drains_health_says_so_and_a_stream_that_is_cut_ends_in_an_error(
+    engine, monkeypatch, caplog, drain_timeout, second_signal):
+  step = engine.step
+
+  def slow_step():
+    time.sleep(0.05)
+    return step()
+
+  monkeypatch.setattr(engine, "step", slow_step)
+  try:
+    with serving(engine, drain_timeout=drain_timeout) as server:
+      body = {**BODY, "prompt": [PROMPT] * 8, "stream": True}
+      with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=SECONDS) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.server.should_exit = True
+        while (health := httpx.get(f"{server.url}/health", timeout=SECONDS)).status_code == 200:
+          pass
+        assert (health.status_code, health.json()) == (503, {"status": "stopping"})
+        refused = httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=SECONDS)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+        assert server.get("/metrics")
+        server.server.force_exit = second_signal
+        last = [line for line in lines if line][-1]
+      assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+  finally:
+    engine.reset()
+  assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_prompt_that_the_engine_chokes_on_fails_alone(engine, monkeypatch):

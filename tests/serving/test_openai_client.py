@@ -194,6 +194,7 @@ def test_models(client):
     ({"echo": True, "logprobs": 1}, ["echo does not go with logprobs"]),
     ({"stream_options": {"include_usage": True}}, ["stream_options"]),
     ({"stop": [""]}, ["stop"]),
+    ({"extra_body": {"stop_token_ids": [2**31 - 1, 5]}}, ["stop_token_ids", "each from 0 to 1073741824"]),
     ({"prompt": [1, 5000]}, ["5000", "outside the vocabulary"]),
     ({"prompt": "Once " * 600}, ["context", "context_length_exceeded"]),
     ({"extra_body": {"rate": 0.5}}, ["rate is 0.5", "at least 1"]),
@@ -209,6 +210,14 @@ def test_bad_fields_are_named(client, fields, parts):
   fields = {"prompt": PROMPT, **GREEDY, **fields}
   error = _refused(openai.BadRequestError, lambda: client.completions.create(**fields), *parts)
   assert error.body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("fields", "param"), [
+    ({"prompt": [1, 5000]}, "prompt"), ({"prompt": "a", "n": 100}, "n"), ({"prompt": ["a"] * 100}, "prompt")])
+def test_what_the_engine_refuses_has_its_field_named(client, fields, param):
+  """More than 4 slots and 64 that wait, for one."""
+  error = _refused(openai.BadRequestError, lambda: client.completions.create(**GREEDY, **fields))
+  assert error.param == param
 
 
 @pytest.mark.parametrize(("fields", "parts"), [

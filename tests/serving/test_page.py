@@ -73,8 +73,8 @@ def test_the_page_shows_load_and_the_heads_live(busy, page):
   assert page.evaluate(COLORS)[:2] == [4, 5]
   first = int(page.evaluate(CARD, "tokens out").replace(",", ""))
   page.wait_for_function(f"(first) => Number(({CARD})('tokens out').replaceAll(',', '')) > first", arg=first)
-  assert float(page.evaluate(CARD, "tokens/s out")) > 0
-  assert 0 < page.eval_on_selector("#pool", "bar => bar.value") < 1
+  page.wait_for_function(f"() => Number(({CARD})('tokens/s out')) > 0")
+  page.wait_for_function("() => { const full = document.getElementById('pool').value; return 0 < full && full < 1; }")
   page.hover("#heat")
   assert page.inner_text("#pointed").startswith("layer ")
   assert faults == []

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import logging
 import os
 import signal
 import socket
@@ -56,6 +57,21 @@ def test_it_drains_and_ends():
       socket.create_connection(("127.0.0.1", port), timeout=SECONDS)
 
 
+@pytest.fixture(autouse=True)
+def _root_logger():
+  """The command sets it up for its process."""
+  handlers, level = list(logging.root.handlers), logging.root.level
+  yield
+  logging.root.handlers[:] = handlers
+  logging.root.setLevel(level)
+
+
+def test_lines_of_the_log_have_a_time(capsys):
+  _fails(["--port", "0", "--num-blocks", "4"], "num_blocks", capsys)
+  (handler,) = logging.root.handlers
+  assert "%(asctime)s" in handler.formatter._fmt
+
+
 def _fails(options, message, capsys):
   assert main(["serve", str(STORIES), *options]) == 2
   err = capsys.readouterr().err
@@ -69,7 +85,7 @@ def _fails(options, message, capsys):
     (["--window", "8"], "--window compresses nothing"),
     (["--max-body-bytes", "0"], "max_body_bytes is 0"),
     (["--request-timeout", "nan"], "request_timeout is nan"),
-    (["--api-key-file", "no-such-file"], "no-such-file is missing"),
+    (["--api-key-file", "no-such-file"], "no-such-file is missing; give a file with the API key"),
     (["--api-key-file", os.devnull], "/dev/null is empty"),
     (["--port", "0", "--max-waiting", "-1"], "max_waiting is -1"),
     (["--port", "0", "--num-blocks", "4"], "num_blocks"),

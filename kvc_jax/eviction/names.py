@@ -1,0 +1,8 @@
+"""Names of scoring rules and allocations, apart from what they stand for: a command line offers them without JAX."""
+
+from typing import Literal, get_args
+
+SCORINGS = ("window", "full", "random")
+
+Allocation = Literal["all", "layer", "head"]
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)

@@ -1,0 +1,53 @@
+"""How the fields of a request become a compression."""
+
+import pytest
+
+from kvc_jax import Compression, FullAttention, RandomScore, WindowAttention
+from kvc_jax.eviction.names import SCORINGS
+from kvc_jax.eviction.rules import RULES
+from kvc_jax.serving.protocol import Defaults, parse_call
+
+OWN = Compression(
+    rate=8, window=16, sinks=2, scoring=FullAttention(buffer=3), allocation="head", interval=8, keep=[(0, 4)],
+    on_demand=True)
+
+
+def _compression(fields, own):
+  defaults = Defaults(model="m", max_model_len=64, interval=4, compression=own)
+  return parse_call("completions", {"model": "m", "prompt": "a", **fields}, defaults).compression
+
+
+@pytest.mark.parametrize(("fields", "compression"), [
+    ({}, None),
+    ({"rate": 2}, Compression(rate=2)),
+    ({"rate": 2, "scoring": "full"}, Compression(rate=2, scoring=FullAttention())),
+    ({"rate": 2, "compress_once": False}, Compression(rate=2, interval=4)),
+    ({"rate": 2, "compress_once": True}, Compression(rate=2)),
+])
+def test_without_a_compression_of_the_server(fields, compression):
+  assert _compression(fields, None) == compression
+
+
+@pytest.mark.parametrize(("fields", "changed"), [
+    ({}, {}),
+    ({"rate": 2}, {"rate": 2}),
+    ({"max_cache_tokens": 40}, {"rate": None, "max_cache_tokens": 40}),
+    ({"rate": 2, "max_cache_tokens": -1}, {"rate": 2}),
+    ({"rate": 2, "window": 4, "keep": []}, {"rate": 2, "window": 4, "keep": ()}),
+    ({"rate": 2, "scoring": "full"}, {"rate": 2}),  # with the server's numbers, which are compiled
+    ({"rate": 2, "scoring": "window"}, {"rate": 2, "scoring": WindowAttention()}),
+    ({"rate": 2, "compress_once": True}, {"rate": 2, "interval": None}),
+    ({"rate": 2, "compress_once": False}, {"rate": 2, "interval": 4}),
+])
+def test_what_is_left_out_is_the_servers_own(fields, changed):
+  own = {name: getattr(OWN, name) for name in OWN.__dataclass_fields__}
+  assert _compression(fields, OWN) == Compression(**{**own, **changed})
+
+
+def test_minus_one_asks_for_none():
+  assert _compression({"max_cache_tokens": -1}, OWN) is None
+
+
+def test_every_name_has_its_rule():
+  assert {name: RULES[name] for name in SCORINGS} == {
+      "window": WindowAttention, "full": FullAttention, "random": RandomScore}
