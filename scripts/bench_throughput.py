@@ -5,7 +5,8 @@
 
 The model has the shape of Llama-3.1-8B and random weights; prompts are random tokens. One row
 per input length and rate: total tokens (prompts and outputs) per second, the largest batch,
-and this over the ideal. Compression is repeated every 64 decode steps, with no floor.
+and this over the ideal. Compression comes behind every chunk of a prompt and every 64 decode
+steps, with no floor.
 
 `ideal` is the time that the prompts' products take at the measured matrix rate, and the decode
 steps' bytes at the measured read bandwidth: the weights once for each step of the largest batch
@@ -143,7 +144,8 @@ class Point:
   matmul: float
 
   def __post_init__(self):
-    self.compression = None if self.rate is None else Compression(rate=self.rate, interval=_INTERVAL)
+    self.compression = None if self.rate is None else Compression(
+        rate=self.rate, interval=_INTERVAL, prefill_interval=self.args.chunk_size)
     config = self.model.config
     self.cache = CacheConfig(
         num_layers=config.num_layers, num_slots=1, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
