@@ -555,6 +555,8 @@ class Engine:
       self._scheduler.claim(sequence, sequence.snapshot.blocks(self.config.block_size))
       self._in_flight.given.append(self.batch.swap_in(sequence))
       self._in_flight.given_to.append(sequence)
+      if sequence.is_due:  # it left between a step and the compression behind it
+        self._compress([sequence])
     return None
 
   # -------------------------------------------------------------------------- running
