@@ -114,6 +114,10 @@ def _add_serve(commands: Any) -> None:
   group.add_argument("--request-timeout", type=float, default=600, help="seconds (default: %(default)s)")
   group.add_argument("--drain-timeout", type=float, default=60,
                      help="seconds for running requests to end at shutdown (default: %(default)s)")
+  group.add_argument("--prefix-caching", action="store_true",
+                     help="keep the KVs of prompts for later ones that begin alike, as long as nobody needs the blocks")
+  group.add_argument("--prefix-interval", type=int, default=256,
+                     help="cached prefixes end at multiples of so many tokens (default: %(default)s)")
   group.add_argument("--warm-up", choices=("own", "all", "none"), default="own",
                      help="steps to compile before serving: for this command's own scoring and allocation, for all "
                      "of them, or none (default: %(default)s)")
@@ -355,6 +359,7 @@ def _serve(args: argparse.Namespace) -> int:
         args.model, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs, block_size=args.block_size, chunk_size=args.chunk_size,
         num_blocks=args.num_blocks, kv_cache_memory_bytes=args.kv_cache_memory_bytes, max_waiting=args.max_waiting,
+        prefix_caching=args.prefix_caching, prefix_interval=args.prefix_interval,
         compilation_cache_dir=args.compilation_cache, progress=True, **_warmed(args.warm_up, compression))
     if args.warm_up != "none":
       engine.warm_up(progress=sys.stderr.isatty())
