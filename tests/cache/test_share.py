@@ -99,7 +99,9 @@ def test_sharers_that_end_in_one_call_free_each_block_once():
   state = LET_GO(drop(state, held), jnp.array([2, 3, 0]))  # 3 is to be ignored
   check_invariants(state)
   assert int(state.free_count) == 40 - 12
-  state = LET_GO(state, jnp.array([1, 3, 3]))
+  state, held = hold(state, 1)
+  state, _ = adopt(state, held, 0)
+  state = LET_GO(drop(state, held), jnp.array([1, 3, 0]))  # both name 8 blocks that nobody else holds
   check_invariants(state)
   assert int(state.free_count) == 40
 
