@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from kvc_jax.attention.prefill import Observation, init_observation, prefill_attention, score_observed
   from kvc_jax.cache.alloc import allocate, release
   from kvc_jax.cache.sequence_file import SavedSequence, load_sequence, save_sequence
+  from kvc_jax.cache.share import Held, adopt, drop, hold, unshare
   from kvc_jax.cache.snapshot import SequenceSnapshot, export_sequence, import_sequence
   from kvc_jax.cache.state import CacheConfig, CacheState, check_invariants, init_cache
   from kvc_jax.cache.write import write
@@ -72,6 +73,11 @@ _HOMES = {
     "allocate": "cache.alloc",
     "release": "cache.alloc",
     "write": "cache.write",
+    "Held": "cache.share",
+    "hold": "cache.share",
+    "adopt": "cache.share",
+    "unshare": "cache.share",
+    "drop": "cache.share",
     "SequenceSnapshot": "cache.snapshot",
     "export_sequence": "cache.snapshot",
     "import_sequence": "cache.snapshot",
@@ -105,6 +111,7 @@ __all__ = [
     "EngineStats",
     "Eviction",
     "FullAttention",
+    "Held",
     "HeldKVs",
     "InputError",
     "Llama",
@@ -122,13 +129,16 @@ __all__ = [
     "TokenLogprobs",
     "Update",
     "WindowAttention",
+    "adopt",
     "allocate",
     "check_invariants",
     "convert",
     "decode_attention",
+    "drop",
     "evict",
     "export_sequence",
     "fingerprint",
+    "hold",
     "import_sequence",
     "init_cache",
     "init_observation",
@@ -138,6 +148,7 @@ __all__ = [
     "release",
     "save_sequence",
     "score_observed",
+    "unshare",
     "write",
 ]
 

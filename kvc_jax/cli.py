@@ -119,6 +119,10 @@ def _add_serve(commands: Any) -> None:
   group.add_argument("--request-timeout", type=float, default=600, help="seconds (default: %(default)s)")
   group.add_argument("--drain-timeout", type=float, default=60,
                      help="seconds for running requests to end at shutdown (default: %(default)s)")
+  group.add_argument("--prefix-caching", action="store_true",
+                     help="keep the KVs of prompts for later ones that begin alike, as long as nobody needs the blocks")
+  group.add_argument("--prefix-interval", type=int, default=256,
+                     help="cached prefixes end at multiples of so many tokens (default: %(default)s)")
   group.add_argument("--warm-up", choices=("own", "all", "none"), default="own",
                      help="steps to compile before serving: for this command's own scoring and allocation, for all "
                      "of them, or none (default: %(default)s)")
@@ -375,6 +379,7 @@ def _serve(args: argparse.Namespace) -> int:
       print(f"kvc: warning: anyone who reaches {args.host} can use this server; give --api-key-file", file=sys.stderr)
     engine = Engine(
         args.model, **_given(args, _MODEL_OPTIONS), max_waiting=args.max_waiting,
+        prefix_caching=args.prefix_caching, prefix_interval=args.prefix_interval,
         compilation_cache_dir=args.compilation_cache, progress=True, **_warmed(args.warm_up, compression))
     if args.warm_up != "none":
       engine.warm_up(progress=sys.stderr.isatty())

@@ -11,9 +11,10 @@ from kvc_jax.cache.state import NULL_BLOCK, CacheState
 BAD_POSITION = 2**30
 
 
-def live_slots(state: CacheState) -> np.ndarray:
-  """True [N, P] for KV slots that hold a KV of some sequence."""
-  tables, lengths = np.asarray(state.tables), np.asarray(state.lengths)
+def live_slots(state: CacheState, held=()) -> np.ndarray:
+  """True [N, P] for KV slots that hold a KV of some sequence, or of some `Held`."""
+  tables = np.concatenate([np.asarray(state.tables), *(np.asarray(h.tables)[:, None] for h in held)], axis=1)
+  lengths = np.concatenate([np.asarray(state.lengths), *(np.asarray(h.lengths)[:, None] for h in held)], axis=1)
   index = np.arange(tables.shape[-1] * state.block_size).reshape(tables.shape[-1], -1)
   held = index < lengths[..., None, None]  # [L, S, H, M, P]
   live = np.zeros((state.num_blocks, state.block_size), bool)
@@ -21,9 +22,9 @@ def live_slots(state: CacheState) -> np.ndarray:
   return live
 
 
-def poison(state: CacheState) -> CacheState:
-  """Puts NaN and nonsense positions into every KV slot that holds nothing."""
-  live = live_slots(state)
+def poison(state: CacheState, held=()) -> CacheState:
+  """Puts NaN and nonsense positions into every KV slot that holds nothing, for a sequence or a `Held`."""
+  live = live_slots(state, held)
   return dataclasses.replace(
       state,
       kv=jnp.where(live[:, None, :, None], state.kv, jnp.nan),

@@ -395,3 +395,94 @@ class CacheModel:
 
   def _blocks_of(self, length: int) -> int:
     return math.ceil(length / self.block_size)
+
+
+class SharedCacheModel(CacheModel):
+  """`CacheModel` where blocks may have several holders: slots, and what was held of them.
+
+  Rules: a block is in use as long as somebody holds it. `adopt` takes the same blocks,
+  but a new one for each head whose last block is partly filled. `unshare` takes new ones
+  for all blocks that others hold too.
+
+  Attributes:
+    blocks_of: holder -> [L][H] lists of block names; slots are holders by their number.
+    held: name -> (num_tokens, [L][H] positions) of what was held.
+  """
+
+  def __init__(self, **sizes):
+    super().__init__(**sizes)
+    self.blocks_of, self.held = {}, {}
+    self._names = 0
+
+  @property
+  def blocks_in_use(self) -> int:
+    return len(set().union(*(self._all(holder) for holder in self.blocks_of)))
+
+  def allocate(self, slot: int, count: int) -> bool:
+    ok = super().allocate(slot, count)
+    if ok:
+      self._fit(slot)
+    return ok
+
+  def evict(self, slot: int, kept: Sequence[Sequence[Sequence[int]]]) -> int:
+    freed = super().evict(slot, kept)
+    self._fit(slot)
+    return freed
+
+  def release(self, slot: int) -> int:
+    before = self.blocks_in_use
+    super().release(slot)
+    self.blocks_of.pop(slot, None)
+    return before - self.blocks_in_use
+
+  def hold(self, name: str, slot: int) -> None:
+    self.held[name] = self.num_tokens[slot], _copied(self.positions[slot])
+    self.blocks_of[name] = _copied(self.blocks_of[slot])
+
+  def drop(self, name: str) -> None:
+    del self.held[name], self.blocks_of[name]
+
+  def adopt(self, name: str, slot: int) -> bool:
+    """Returns whether it fitted; `slot` is not in use."""
+    num_tokens, positions = self.held[name]
+    partial = sum(len(head) % self.block_size > 0 for layer in positions for head in layer)
+    if partial > self.blocks_free:
+      return False
+    self.num_tokens[slot], self.positions[slot] = num_tokens, _copied(positions)
+    names = self.blocks_of[slot] = _copied(self.blocks_of[name])
+    for layer, layer_names in zip(positions, names, strict=True):
+      for head, head_names in zip(layer, layer_names, strict=True):
+        if len(head) % self.block_size:
+          head_names[-1] = self._new()
+    return True
+
+  def unshare(self, slot: int) -> bool:
+    """Returns whether it fitted."""
+    others = set().union(*(self._all(holder) for holder in self.blocks_of if holder != slot))
+    shared = self._all(slot) & others
+    if len(shared) > self.blocks_free:
+      return False
+    for layer in self.blocks_of.get(slot, ()):
+      for names in layer:
+        names[:] = [self._new() if name in shared else name for name in names]
+    return True
+
+  def _all(self, holder) -> set[int]:
+    return {name for layer in self.blocks_of.get(holder, ()) for names in layer for name in names}
+
+  def _fit(self, slot: int) -> None:
+    """As many blocks as each head's KVs need: new ones behind, or the last ones gone."""
+    empty = [[[] for _ in range(self.kv_heads)] for _ in range(self.num_layers)]
+    for layer, layer_names in zip(self.positions[slot], self.blocks_of.setdefault(slot, empty), strict=True):
+      for head, names in zip(layer, layer_names, strict=True):
+        needed = self._blocks_of(len(head))
+        del names[needed:]
+        names.extend(self._new() for _ in range(needed - len(names)))
+
+  def _new(self) -> int:
+    self._names += 1
+    return self._names
+
+
+def _copied(lists):
+  return [[list(head) for head in layer] for layer in lists]

@@ -103,7 +103,7 @@ def score_observed(
   along keys in the order of their positions; then summed over the G query heads
   (KV-Compress, KVC-w). Scores from before are replaced, so that a prompt may be
   scored, compressed and carried on in turns. A rule that does not observe the last
-  queries leaves the state as it is.
+  queries leaves the state as it is. The slot shares no blocks (`unshare`).
   """
   if rule.observed != "last":
     return state

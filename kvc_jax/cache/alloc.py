@@ -137,12 +137,46 @@ def push_blocks(
   )
 
 
+def drop_references(
+    state: CacheState,
+    tables: Int[Array, "heads max_blocks"],
+    counts: Int[Array, " heads"],
+    *,
+    distinct: bool,
+) -> CacheState:
+  """Lets go of the first `counts` blocks of each row of tables; those that nobody else holds are free.
+
+  Args:
+    state: the cache.
+    tables: i32 [R, M].
+    counts: i32 [R].
+    distinct: no block is named twice (static).
+  """
+  if state.extra_refs is None:
+    return push_blocks(state, tables, jnp.zeros_like(counts), counts)
+  blocks = tables.reshape(-1)
+  named = (jnp.arange(tables.shape[1], dtype=jnp.int32) < counts[:, None]).reshape(-1)
+  place = jnp.where(named, blocks, state.num_blocks)
+  left = state.extra_refs.at[place].add(-1, mode="drop")  # -1 where the last reference went
+  freed = named & (left[blocks] < 0)
+  if not distinct:  # the last entry that names a block frees it
+    entry = jnp.arange(blocks.size, dtype=jnp.int32)
+    freed &= jnp.full(state.num_blocks, -1, jnp.int32).at[place].max(entry, mode="drop")[blocks] == entry
+  stack = state.free_count + jnp.cumsum(freed, dtype=jnp.int32) - 1
+  return dataclasses.replace(
+      state,
+      extra_refs=jnp.maximum(left, 0),
+      free_ids=state.free_ids.at[jnp.where(freed, stack, state.num_blocks)].set(blocks, mode="drop"),
+      free_count=state.free_count + jnp.sum(freed, dtype=jnp.int32),
+  )
+
+
 def release(state: CacheState, slots: Int[Array, " seqs"]) -> CacheState:
-  """Ends the sequences in `slots` (i32 [B], distinct; S = ignore) and frees their blocks."""
+  """Ends the sequences in `slots` (i32 [B], distinct; S = ignore); blocks that nobody else holds are free."""
   slots = ignore_outside(slots, state.num_slots)
   tables = state.tables.at[:, slots].get(mode="fill", fill_value=NULL_BLOCK)  # [L, B, H, M]
   blocks = blocks_held(state.lengths.at[:, slots].get(mode="fill", fill_value=0), state.block_size).reshape(-1)
-  state = push_blocks(state, tables.reshape(blocks.size, -1), jnp.zeros_like(blocks), blocks)
+  state = drop_references(state, tables.reshape(blocks.size, -1), blocks, distinct=slots.size == 1)
   state = _forget_queries(state, slots)
   return dataclasses.replace(
       state,

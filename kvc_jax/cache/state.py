@@ -7,6 +7,8 @@ T tokens, B sequences named by one call.
 """
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ class CacheConfig:
     dtype: of the keys and values; float8_e4m3fn stores them scaled (cache/quantize.py).
     num_heads: query heads H*G, for decode steps that keep scores up to date; None
       for a cache without them.
+    sharing: whether blocks may have several holders (cache/share.py).
   """
 
   num_layers: int
@@ -47,11 +50,12 @@ class CacheConfig:
   block_size: int = 16
   dtype: DTypeLike = jnp.bfloat16
   num_heads: int | None = None
+  sharing: bool = False
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.name == "dtype" or (field.name == "num_heads" and value is None):
+      if field.name in ("dtype", "sharing") or (field.name == "num_heads" and value is None):
         continue
       if not isinstance(value, int) or value < 1:
         raise InputError(f"CacheConfig: {field.name} is {value!r}, but a positive whole number is needed")
@@ -93,8 +97,10 @@ class CacheState:
   """All mutable state of the cache; a pytree that every jitted step takes and returns.
 
   Invariants (`check_invariants` runs them):
-    * live table entries are distinct block ids;
-    * live ids + the free stack + {0} are all ids 0..N-1, each once;
+    * live ids + the free stack + {0} are all ids 0..N-1; free ids are distinct and not live;
+    * without sharing, live table entries are distinct; with it, those of one slot or `Held`
+      are, extra_refs counts the live entries of each block beyond its first, and no two
+      slots append to one block;
     * table entry m of a head is live exactly when m < ceil(length / P); others are 0;
     * the positions held by a head are distinct and below num_tokens of its slot;
     * scores of held KVs are finite and not negative;
@@ -117,6 +123,8 @@ class CacheState:
     log_sums: f32 [L, S, H*G] their log-sum-exp; +inf for a sequence without one.
     kv_scales: f32 [L, H, 2] what the keys and the values of an FP8 pool are to be
       multiplied by; None for other pools. Constant.
+    extra_refs: i32 [N] references to each block beyond the first, from tables and from
+      `Held`s (cache/share.py); 0 for free blocks. None for a cache that shares none.
   """
 
   kv: jax.Array
@@ -130,6 +138,7 @@ class CacheState:
   queries: jax.Array | None = None
   log_sums: jax.Array | None = None
   kv_scales: jax.Array | None = None
+  extra_refs: jax.Array | None = None
 
   @property
   def num_layers(self) -> int:
@@ -185,6 +194,7 @@ def init_cache(config: CacheConfig, kv_scales: jax.Array | np.ndarray | None = N
       queries=jnp.zeros((*rows, config.num_heads, config.head_dim), config.query_dtype) if observes else None,
       log_sums=jnp.full((*rows, config.num_heads), jnp.inf, jnp.float32) if observes else None,
       kv_scales=None if kv_scales is None else jnp.asarray(kv_scales, jnp.float32),
+      extra_refs=jnp.zeros((n,), jnp.int32) if config.sharing else None,
   )
 
 
@@ -200,23 +210,27 @@ def _checked_scales(config: CacheConfig, scales: jax.Array | np.ndarray | None) 
   return scales
 
 
-def check_invariants(state: CacheState) -> None:
+def check_invariants(state: CacheState, held: Iterable[Any] = ()) -> None:
   """Checks the invariants of `CacheState` on the host.
+
+  Args:
+    state: the cache.
+    held: all `Held`s (cache/share.py) that have not been dropped.
 
   Raises:
     AssertionError: naming the invariant that does not hold.
   """
-  tables, lengths = np.asarray(state.tables), np.asarray(state.lengths)
-  n, p, m = state.num_blocks, state.block_size, state.max_blocks_per_head
-  free_count = int(state.free_count)
+  held = tuple(held)
+  tables, lengths, num_tokens = (
+      np.concatenate([np.asarray(ours), *(np.expand_dims(np.asarray(getattr(h, name)), axis) for h in held)], axis)
+      for name, ours, axis in (
+          ("tables", state.tables, 1), ("lengths", state.lengths, 1), ("num_tokens", state.num_tokens, 0)))
+  p, m = state.block_size, state.max_blocks_per_head
   assert ((lengths >= 0) & (lengths <= m * p)).all(), "a length is negative or above M * P"
   live = np.arange(m) < -(-lengths[..., None] // p)
   assert (tables[~live] == NULL_BLOCK).all(), "a table entry behind a head's last block is not the null block"
-  assert 0 <= free_count < n, f"free_count {free_count} is outside 0..{n - 1}"
-  ids = np.concatenate([tables[live], np.asarray(state.free_ids)[:free_count], [NULL_BLOCK]])
-  assert len(ids) == n, f"{len(ids)} live, free and null blocks, but the pool has {n}"
-  assert (np.sort(ids) == np.arange(n)).all(), "a block is held twice, or lost"
-  _check_kvs(state, tables, lengths)
+  _check_references(state, tables, live, lengths)
+  _check_kvs(state, tables, lengths, num_tokens)
   if state.queries is not None and state.log_sums is not None:
     log_sums = np.asarray(state.log_sums)
     assert (np.isfinite(log_sums) | (log_sums == np.inf)).all(), "a waiting query's log_sum is NaN or -inf"
@@ -224,9 +238,31 @@ def check_invariants(state: CacheState) -> None:
     assert (log_sums[:, np.asarray(state.num_tokens) == 0] == np.inf).all(), "a query waits in an empty slot"
 
 
-def _check_kvs(state: CacheState, tables: np.ndarray, lengths: np.ndarray) -> None:
+def _check_references(state: CacheState, tables: np.ndarray, live: np.ndarray, lengths: np.ndarray) -> None:
+  """Of tables [L, S + K, H, M], where behind the S slots come K `Held`s."""
+  n, free_count = state.num_blocks, int(state.free_count)
+  assert 0 <= free_count < n, f"free_count {free_count} is outside 0..{n - 1}"
+  references = np.bincount(tables[live], minlength=n)
+  free = np.bincount(np.asarray(state.free_ids)[:free_count], minlength=n)
+  assert not references[NULL_BLOCK], "the null block is held"
+  assert not free[NULL_BLOCK], "the null block is free"
+  places = (references > 0) + free
+  assert (places[NULL_BLOCK + 1 :] == 1).all(), "a block is lost, free twice, or both free and held"
+  if state.extra_refs is None:
+    assert (references <= 1).all(), "a block is held twice"
+    return
+  assert (np.asarray(state.extra_refs) == np.maximum(references - 1, 0)).all(), "references are not as many as counted"
+  for holder in range(tables.shape[1]):
+    ids = tables[:, holder][live[:, holder]]
+    assert len(np.unique(ids)) == len(ids), "a slot, or a Held, names a block twice"
+  slots = state.num_slots
+  last = np.maximum(-(-lengths // state.block_size) - 1, 0)[..., None]
+  open_ids = np.take_along_axis(tables, last, axis=-1)[..., 0][:, :slots][lengths[:, :slots] % state.block_size > 0]
+  assert len(np.unique(open_ids)) == len(open_ids), "two slots append to one block"
+
+
+def _check_kvs(state: CacheState, tables: np.ndarray, lengths: np.ndarray, num_tokens: np.ndarray) -> None:
   positions, scores = np.asarray(state.positions)[tables], np.asarray(state.scores)[tables]
-  num_tokens = np.asarray(state.num_tokens)
   held = np.arange(tables.shape[-1] * state.block_size) < lengths[..., None]  # [L, S, H, M*P]
   positions, scores = positions.reshape(held.shape), scores.reshape(held.shape)
   assert (lengths <= num_tokens[:, None]).all(), "a head holds more KVs than its sequence has tokens"

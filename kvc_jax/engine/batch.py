@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from kvc_jax.attention.prefill import init_observation
+from kvc_jax.cache.share import Held
 from kvc_jax.cache.snapshot import PIECE_KVS, SequenceSnapshot, export_sequence, import_sequence
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.engine import steps
@@ -111,8 +112,9 @@ class Batch:
   def decode(self, sequences: list[Sequence], limits: list[int], num_steps: int) -> steps.Decoded:
     """Runs up to `num_steps` decode steps, at most limits[i] of sequences[i].
 
-    All sequences whose decode keeps scores share one `decode_rule`.
+    All sequences whose decode keeps scores share one `decode_rule`, and no blocks.
     """
+    assert not any(s.shares and s.compression for s in sequences), "a sequence that scores shares blocks"
     rules = {rule for s in sequences if (rule := decode_rule(s.compression)) is not None}
     assert len(rules) <= 1, "sequences of one decode call score by different rules"
     found, self.state = steps.decode_loop(
@@ -187,6 +189,36 @@ class Batch:
     self.state = steps.release(self.state, np.array([sequence.slot], np.int32))
     self._free_slots.append(sequence.slot)
     sequence.slot = -1
+
+  def hold(self, sequence: Sequence) -> Held:
+    """Keeps what the sequence holds, whatever becomes of it; `drop` lets go."""
+    self.state, held = steps.hold(self.state, np.int32(sequence.slot))
+    sequence.shares = True
+    return held
+
+  def adopt(self, sequence: Sequence, held: Held, tokens: int) -> jax.Array:
+    """Gives the sequence's empty slot what was held behind so many tokens of the same prompt; returns ok bool []."""
+    self.state, ok = steps.adopt(self.state, held, np.int32(sequence.slot))
+    sequence.prefilled, sequence.shares = tokens, True
+    return ok
+
+  def unshare(self, sequence: Sequence) -> jax.Array:
+    """Gives the sequence blocks of its own; returns ok bool []: False where too few were free."""
+    self.state, ok = steps.unshare(self.state, np.int32(sequence.slot))
+    sequence.shares = False
+    return ok
+
+  def drop(self, held: Held) -> None:
+    """Lets go of what `hold` kept."""
+    self.state = steps.drop(self.state, held)
+
+  def compile_sharing(self) -> None:
+    """Runs hold, adopt, unshare and drop on an empty slot, which changes nothing."""
+    slot = np.int32(self._free_slots[-1])
+    self.state, held = steps.hold(self.state, slot)
+    for step in (lambda state: steps.adopt(state, held, slot), lambda state: steps.unshare(state, slot)):
+      self.state, _ = step(self.state)
+    self.drop(held)
 
   def snapshot(self, sequence: Sequence) -> SequenceSnapshot:
     """A copy in host memory of what the sequence holds (waits for the device)."""

@@ -23,6 +23,7 @@ from kvc_jax.engine import footprint, saved
 from kvc_jax.engine.batch import Batch, Evicted, decode_rule
 from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.pool import calibrated_scales, check_sizes, context_length, pool_config
+from kvc_jax.engine.prefix_cache import PrefixCache
 from kvc_jax.engine.request import EngineStats, FinishReason, SamplingParams, TokenLogprobs, Update
 from kvc_jax.engine.scheduler import Scheduler
 from kvc_jax.engine.sequence import Sequence
@@ -80,6 +81,8 @@ class Engine:
       swap_bytes: int = 4 << 30,
       rules: tuple[ScoringRule, ...] = (WindowAttention(),),
       allocations: tuple[Allocation, ...] = ("all",),
+      prefix_caching: bool = False,
+      prefix_interval: int = 256,
       compilation_cache_dir: str | pathlib.Path | None = None,
       progress: bool = False,
   ):
@@ -111,6 +114,9 @@ class Engine:
       rules: scoring rules that `warm_up` compiles for; a request with another one
         compiles it when it comes.
       allocations: likewise.
+      prefix_caching: keep the KVs of prompts for later ones that begin alike, as long as
+        nobody needs their blocks (engine/prefix_cache.py).
+      prefix_interval: cached prefixes end at multiples of so many tokens.
       compilation_cache_dir: folder of JAX's persistent compilation cache, for the
         whole process; None leaves it as it is.
       progress: show a progress bar while loading, where stderr is a terminal.
@@ -125,6 +131,7 @@ class Engine:
     check_count("Engine: seed", seed, at_least=0)
     for rule in rules:
       check_rule(rule)
+    check_count("Engine: prefix_interval", prefix_interval, at_least=1)
     if max_waiting is not None:
       check_count("Engine: max_waiting", max_waiting, at_least=0)
     if compilation_cache_dir is not None:
@@ -145,7 +152,7 @@ class Engine:
     self.max_model_len = context_length(max_model_len, shape.max_position_embeddings)
     self.config = pool_config(
         self.model, self.max_model_len, max_num_seqs, block_size, num_blocks, kv_cache_memory_bytes,
-        FP8 if kv_cache_dtype == "fp8" else self.model.embed.embedding[...].dtype)
+        FP8 if kv_cache_dtype == "fp8" else self.model.embed.embedding[...].dtype, prefix_caching)
     scales = calibrated_scales(self.model, self.max_model_len) if kv_cache_dtype == "fp8" else None
     self.batch = Batch(self.model, self.config, min(chunk_size, self.max_model_len), scales, steps_per_sync)
     self._eos_ids = self.tokenizer.eos_ids | frozenset(shape.eos_token_ids)
@@ -155,6 +162,7 @@ class Engine:
     self._kinds = list(itertools.product(rules, allocations))
     self._compiled: set[tuple[ScoringRule, Allocation]] | None = None  # until warm_up
     self._counts: collections.Counter[str] = collections.Counter()
+    self._prefix_interval = prefix_interval
     self._start_empty()
 
   def _start_empty(self) -> None:
@@ -163,6 +171,8 @@ class Engine:
     self._flight: _Flight | None = None
     self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
     self._stalled = False  # a sequence got no block, and none has come back since
+    self._prefixes = PrefixCache(self._prefix_interval, self.batch.drop) if self.config.sharing else None
+    self._free_now = self._scheduler.free_blocks  # a lower bound of what is really free, beside cached prefixes
 
   def reset(self) -> None:
     """Drops all requests and empties the cache, whatever state an exception may have left it in."""
@@ -454,9 +464,16 @@ class Engine:
       news.append((0, sequence))
     for _, sequence in sorted(news, key=lambda pair: pair[0]):
       self._note(sequence)
-    self._scheduler.free_blocks = int(free)
+    self._note_usage(held, free)
+
+  def _note_usage(self, held: np.ndarray, free: np.ndarray) -> None:
+    """Takes what `Batch.usage` says for what each sequence holds and what is free."""
     for sequence in self._scheduler.running:
-      sequence.held_blocks = int(held[sequence.slot])
+      if sequence.slot >= 0:  # else it is about to be given one
+        sequence.held_blocks = int(held[sequence.slot])
+    # As if nothing was shared, for all may need blocks of their own; as if no prefix was cached, for those give way.
+    self._scheduler.free_blocks = self.config.num_blocks - 1 - sum(s.held_blocks for s in self._scheduler.running)
+    self._free_now = int(free)
 
   def _note(self, sequence: Sequence) -> None:
     if sequence not in self._news:
@@ -519,8 +536,14 @@ class Engine:
       self._in_flight.evicted += self.batch.compress(group)
 
   def _make_room(self) -> None:
-    """No block was free for somebody: compress on demand, or the newest gives way, or it ends if it is alone."""
+    """No block was free for somebody.
+
+    Cached prefixes go first; then sequences are compressed on demand, or the newest
+    gives way, or it ends if it is alone.
+    """
     running = self._scheduler.running
+    if self._drop_prefixes():
+      return
     alone = len(running) == 1
     # Alone a sequence meets a full pool at the same token whatever else was served.
     shrinkable = [
@@ -541,6 +564,28 @@ class Engine:
     lacking = self._scheduler.blocks_lacking()
     if 0 < lacking <= sum(excess.values()):
       self._compress([s for s in shrinkable if excess[s]])
+
+  def _drop_prefixes(self) -> bool:
+    """Drops cached prefixes until there is a block for every head that runs; whether blocks came free."""
+    before = 0 if self._prefixes is None else self.batch.free_blocks
+    needed = len(self._scheduler.running) * self.config.heads_per_sequence
+    self._make_free(max(needed, before + 1))
+    return self._prefixes is not None and self._free_now > before
+
+  def _make_free(self, blocks: int) -> None:
+    """Drops cached prefixes until so many blocks are free, or none is left (waits for the device where it drops)."""
+    if self._prefixes is None or self._free_now >= blocks:
+      return
+    self._note_usage(*jax.device_get(self.batch.usage()))
+    while self._free_now < blocks and self._prefixes.drop_oldest():
+      self._free_now = self.batch.free_blocks
+
+  def _claim(self, sequence: Sequence, blocks: int) -> None:
+    """Notes that a sequence may hold up to `blocks` from now on, and sees to it that they are free."""
+    self._make_free(blocks - sequence.held_blocks)
+    self._make_free(blocks - sequence.held_blocks)  # the first may have found that it holds less
+    self._free_now -= max(blocks - sequence.held_blocks, 0)
+    self._scheduler.claim(sequence, blocks)
 
   def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
     sequence.finish_reason = reason
@@ -569,11 +614,56 @@ class Engine:
       self._scheduler.start(sequence)
       if sequence.snapshot is None:
         self.batch.take_slot(sequence)
+        self._start_from_prefix(sequence)
         return sequence
-      self._scheduler.claim(sequence, sequence.snapshot.blocks(self.config.block_size))
+      self._claim(sequence, sequence.snapshot.blocks(self.config.block_size))
       self._in_flight.given.append(self.batch.swap_in(sequence))
       self._in_flight.given_to.append(sequence)
+      if sequence.is_due:  # it left between a step and the compression behind it
+        self._compress([sequence])
     return None
+
+  # ------------------------------------------------------------------------- prefixes
+
+  def _start_from_prefix(self, sequence: Sequence) -> None:
+    """Gives a sequence that starts the longest cached prefix of its prompt."""
+    if self._prefixes is None or not self._prefixes.serves(sequence):
+      return
+    self._counts["prefix_queries"] += 1
+    self._make_free(self.config.heads_per_sequence)  # for the copies of partly filled blocks
+    found = self._prefixes.find(sequence)
+    if found is None:
+      return
+    tokens, held = found
+    blocks = footprint.blocks_behind(self.config, sequence, tokens)  # counted as if none were shared
+    self._scheduler.claim(sequence, blocks)
+    self._free_now -= blocks
+    self._in_flight.given.append(self.batch.adopt(sequence, held, tokens))
+    self._in_flight.given_to.append(sequence)
+    self._counts["prefix_hits"] += 1
+    self._counts["prefix_tokens"] += tokens
+
+  def _keep_prefix(self, sequence: Sequence) -> None:
+    """Keeps what a sequence holds, where it stands at a boundary that is not cached."""
+    if self._prefixes is not None and self._prefixes.wants(sequence):
+      self._prefixes.keep(sequence, self.batch.hold(sequence))
+
+  def _unshare(self, sequence: Sequence) -> None:
+    """Gives a sequence blocks of its own, for its KVs and scores are about to change.
+
+    What it holds was claimed as if nothing was shared, so there are blocks enough when
+    no prefix is left. Waits for the device where blocks are short.
+    """
+    if not sequence.shares or self._prefixes is None:
+      return
+    if self._free_now >= sequence.held_blocks:
+      self._free_now -= sequence.held_blocks
+      self.batch.unshare(sequence)
+      return
+    while not bool(self.batch.unshare(sequence)):
+      if not self._prefixes.drop_oldest():
+        raise RuntimeError("a sequence that shares blocks found none to copy them to")
+    self._note_usage(*jax.device_get(self.batch.usage()))
 
   # -------------------------------------------------------------------------- running
 
@@ -582,21 +672,24 @@ class Engine:
     sequence = self._scheduler.prefilling or self._admit()
     if sequence is None:
       return False
-    count = footprint.next_piece(sequence, self.batch.chunk_size)
+    cached = self._prefixes is not None and self._prefixes.serves(sequence)
+    count = footprint.next_piece(sequence, self.batch.chunk_size, self._prefix_interval if cached else None)
     blocks = footprint.blocks_behind(self.config, sequence, count)
     if blocks - sequence.held_blocks > self._scheduler.free_blocks:
       if len(self._scheduler.running) == 1 and self._flight is None:  # nobody will free any
         self._finish(sequence, "cache_full")
       return False  # until others have ended
-    self._scheduler.claim(sequence, blocks)
+    self._claim(sequence, blocks)
     logits, ok = self.batch.prefill(sequence, count)
     self._counts["prompt_tokens"] += count
     self._in_flight.given.append(ok)
     self._in_flight.given_to.append(sequence)
     ends, interval = sequence.prefilled == len(sequence.prompt), sequence.prefill_interval
     if sequence.compression and (ends or (interval and sequence.prefilled % interval == 0)):
+      self._unshare(sequence)
       self.batch.score(sequence)
       self._compress([sequence])
+    self._keep_prefix(sequence)
     if ends:
       sequence.observation = None
       if not sequence.token_ids:
@@ -607,8 +700,7 @@ class Engine:
 
   def _decode(self, most_steps: int) -> None:
     """Dispatches decode steps, once for each way of keeping scores."""
-    # One that was swapped out before a compression that is due has it first, as it would have had alone.
-    rows = [s for s in self._scheduler.running if s.decodes and not s.is_due]
+    rows = [s for s in self._scheduler.running if s.decodes]
     intervals = [s.compression.interval for s in rows if s.compression and s.compression.interval]
     if intervals:
       # As many steps as divide the shortest interval evenly: else sequences would often wait for the loop's end.
@@ -631,7 +723,7 @@ class Engine:
     """Counts; does not wait for the device."""
     return EngineStats(
         running=len(self._scheduler.running), waiting=len(self._scheduler.waiting),
-        free_blocks=self._scheduler.free_blocks, num_blocks=self.config.num_blocks - 1, **self._counts)
+        free_blocks=max(self._scheduler.free_blocks, 0), num_blocks=self.config.num_blocks - 1, **self._counts)
 
   def kvs_kept(self) -> np.ndarray:
     """KVs that all running sequences hold, i32 [L, H] (waits for the device)."""
@@ -654,6 +746,8 @@ class Engine:
       kinds.append(Compression(max_cache_tokens=1, window=1, interval=1, scoring=rule, allocation=allocation))
     for kind in tqdm.tqdm(kinds, disable=not progress, unit="kind", desc="compiling"):
       self._serve_one(kind)
+    if self.config.sharing:
+      self.batch.compile_sharing()
     self._counts = counts
     self._compiled = set(self._kinds)
 

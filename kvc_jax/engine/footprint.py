@@ -62,11 +62,18 @@ def peak_blocks(config: CacheConfig, sequence: Sequence) -> int:
   return _peak(config, len(sequence.prompt), sequence.compression, sequence.prefill_interval)
 
 
-def next_piece(sequence: Sequence, chunk_size: int) -> int:
-  """Prompt tokens to prefill next: a chunk, or less where the prompt ends or a compression is due."""
+def next_piece(sequence: Sequence, chunk_size: int, boundaries: int | None = None) -> int:
+  """Prompt tokens to prefill next: a chunk, or less where the prompt ends or a compression is due.
+
+  Args:
+    sequence: whose prompt it is.
+    chunk_size: most tokens.
+    boundaries: cut at multiples of so many tokens as well; None for not.
+  """
   left = min(chunk_size, len(sequence.prompt) - sequence.prefilled)
-  interval = sequence.prefill_interval
-  return left if interval is None else min(left, interval - sequence.prefilled % interval)
+  for every in (sequence.prefill_interval, boundaries):
+    left = left if every is None else min(left, every - sequence.prefilled % every)
+  return left
 
 
 def blocks_behind(config: CacheConfig, sequence: Sequence, count: int) -> int:

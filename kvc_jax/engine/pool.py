@@ -56,7 +56,7 @@ def calibrated_scales(model: Llama, max_model_len: int) -> jax.Array:
 
 def pool_config(
     model: Llama, max_model_len: int, max_num_seqs: int, block_size: int,
-    num_blocks: int | None, memory_bytes: int | None, dtype: DTypeLike,
+    num_blocks: int | None, memory_bytes: int | None, dtype: DTypeLike, sharing: bool = False,
 ) -> CacheConfig:
   """Shape of the cache; `num_blocks` counts before `memory_bytes`, and the device's memory where neither is given.
 
@@ -67,7 +67,7 @@ def pool_config(
   config = CacheConfig(
       num_layers=shape.num_layers, num_slots=max_num_seqs, num_kv_heads=shape.num_kv_heads,
       head_dim=shape.head_dim, num_blocks=2, max_blocks_per_head=-(-max_model_len // block_size),
-      block_size=block_size, dtype=dtype, num_heads=shape.num_heads)
+      block_size=block_size, dtype=dtype, num_heads=shape.num_heads, sharing=sharing)
   if num_blocks is None:
     wanted = max_num_seqs * config.blocks_for(max_model_len)
     budget = memory_bytes if memory_bytes is not None else _free_memory()

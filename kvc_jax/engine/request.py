@@ -215,7 +215,8 @@ class EngineStats:
   Attributes:
     running: sequences that hold a slot.
     waiting: sequences that wait for one, preempted ones too.
-    free_blocks: of the pool, when results were last read.
+    free_blocks: of the pool, when results were last read. Those of cached prefixes alone
+      count as free; those that several sequences share count once for each.
     num_blocks: of the pool that can be allocated at all.
     prompt_tokens: prefilled; again for a sequence that started over.
     generated_tokens: given to requests.
@@ -227,6 +228,7 @@ class EngineStats:
     freed_blocks: that they gave back.
     prefix_queries: prompts looked up among cached prefixes.
     prefix_hits: prompts found there.
+    prefix_tokens: prompt tokens that were not prefilled because of it.
   """
 
   running: int
@@ -243,3 +245,4 @@ class EngineStats:
   freed_blocks: int = 0
   prefix_queries: int = 0
   prefix_hits: int = 0
+  prefix_tokens: int = 0

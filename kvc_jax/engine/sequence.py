@@ -39,6 +39,8 @@ class Sequence:
     slot: of the cache, -1 while waiting.
     prefilled: prompt tokens in the cache.
     observation: of the prompt, while it is prefilled.
+    shares: whether somebody else may hold some of its blocks too.
+    prefix_digests: of the prompt up to each boundary of cached prefixes, where they were asked for.
     token_ids: ids generated so far; the newest is not in the cache yet.
     logprobs: one for each of them, where asked for.
     steps: decode steps done; fewer than len(token_ids) - 1 while a sequence that
@@ -65,6 +67,8 @@ class Sequence:
   slot: int = -1
   prefilled: int = 0
   observation: Observation | None = None
+  shares: bool = False
+  prefix_digests: list[bytes] | None = None
   token_ids: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
   steps: int = 0
@@ -111,7 +115,7 @@ class Sequence:
     """Goes back to the prompt; what was generated stays and is run again, not drawn again."""
     self.prefilled = self.steps = self.compressions = self.freed_blocks = 0
     self.compressed_at = -1
-    self.observation = None
+    self.observation, self.shares = None, False
 
   def accept(self, tokens: Sequences[int], logprobs: Sequences[TokenLogprobs], max_model_len: int) -> int:
     """Takes newly drawn tokens, up to the one that ends the sequence; returns how many.

@@ -12,7 +12,7 @@ from jax import lax
 
 from kvc_jax.attention.decode import decode_attention
 from kvc_jax.attention.prefill import Observation, prefill_attention, score_observed
-from kvc_jax.cache import alloc
+from kvc_jax.cache import alloc, share
 from kvc_jax.cache.state import CacheState
 from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.step import Allocation, Eviction
@@ -276,3 +276,27 @@ def evict(
 def release(state: CacheState, slots: jax.Array) -> CacheState:
   """`kvc_jax.cache.alloc.release`, jitted and donated."""
   return alloc.release(state, slots)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def hold(state: CacheState, slot: jax.Array) -> tuple[CacheState, share.Held]:
+  """`kvc_jax.cache.share.hold`, jitted and donated."""
+  return share.hold(state, slot)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def adopt(state: CacheState, held: share.Held, slot: jax.Array) -> tuple[CacheState, jax.Array]:
+  """`kvc_jax.cache.share.adopt`, jitted and donated."""
+  return share.adopt(state, held, slot)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def unshare(state: CacheState, slot: jax.Array) -> tuple[CacheState, jax.Array]:
+  """`kvc_jax.cache.share.unshare`, jitted and donated."""
+  return share.unshare(state, slot)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def drop(state: CacheState, held: share.Held) -> CacheState:
+  """`kvc_jax.cache.share.drop`, jitted and donated."""
+  return share.drop(state, held)

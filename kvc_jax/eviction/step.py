@@ -49,7 +49,7 @@ def evict(
   itself (as SnapKV). Sequences never compete with each other.
 
   Args:
-    state: the cache.
+    state: the cache; where blocks may be shared, these slots share none (`unshare`).
     slots: i32 [B] distinct slots; S = ignore.
     cache_tokens: i32 [B] budget C of each sequence, in tokens per head.
     window: i32 [B] newest tokens that cannot be evicted.

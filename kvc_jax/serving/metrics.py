@@ -28,6 +28,7 @@ _COUNTERS = {
     "compressions": ("kvc_compressions", "Compressions of a sequence"),
     "prefix_queries": ("kvc_prefix_queries", "Prompts looked up among cached prefixes"),
     "prefix_hits": ("kvc_prefix_hits", "Prompts found among cached prefixes"),
+    "prefix_tokens": ("kvc_prefix_tokens", "Prompt tokens not prefilled because they were cached"),
 }
 
 

@@ -1,9 +1,11 @@
 """Random sequences of allocate, prefill, decode, evict and release against block-free models.
 
+A second machine holds, adopts, unshares and drops as well, in a cache whose blocks may be shared.
 After every operation all KV slots that hold nothing are poisoned with NaN and
 the invariants are checked, so a read of what is not held cannot go unseen.
 """
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -18,6 +20,7 @@ from builders import held_kvs, poison
 from kvc_jax.attention.decode import decode_attention
 from kvc_jax.attention.prefill import init_observation, prefill_attention, score_observed
 from kvc_jax.cache.alloc import allocate, release
+from kvc_jax.cache.share import adopt, drop, hold, unshare
 from kvc_jax.cache.state import CacheConfig, check_invariants, init_cache
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
@@ -58,6 +61,7 @@ def _decode(state, active, qkv, rule):
 
 _evict = jax.jit(evict, static_argnames=("rule", "allocation"))
 _release = jax.jit(release)
+_hold, _adopt, _unshare, _drop = (jax.jit(f) for f in (hold, adopt, unshare, drop))
 
 
 def _random_qkv(seed, tokens):
@@ -70,22 +74,34 @@ def _random_qkv(seed, tokens):
 class CacheMachine(stateful.RuleBasedStateMachine):
   """The cache beside `oracles.CacheModel` and a dictionary of every KV written."""
 
+  config, model_type = CONFIG, oracles.CacheModel
+
   @stateful.initialize(rule=st.sampled_from(RULES))
   def start(self, rule):
-    self.state = poison(init_cache(CONFIG))
-    self.model = oracles.CacheModel(
+    self.held = {}
+    self._take(init_cache(self.config))
+    self.model = self.model_type(
         num_layers=CONFIG.num_layers, kv_heads=CONFIG.num_kv_heads, block_size=CONFIG.block_size,
         total_blocks=CONFIG.num_blocks - 1, max_blocks=CONFIG.max_blocks_per_head)
     self.written = {}
     self.scoring = rule
 
+  def _take(self, state):
+    self.state = poison(state, self.held.values())
+
+  def _owns(self, slot):
+    """Whether a slot's blocks may be written to."""
+    return True
+
   @stateful.rule(slot=st.integers(0, 2), count=st.integers(1, CHUNK), seed=st.integers(0, 2**16))
   def prefill(self, slot, count, seed):
+    if not self._owns(slot):
+      return
     qkv = _random_qkv(seed, CHUNK)
     first = self.model.num_tokens.get(slot, 0)
     out, ok, state = _prefill(self.state, jnp.int32(slot), jnp.int32(count), qkv, self.scoring)
     assert bool(ok) == self.model.allocate(slot, count)
-    self.state = poison(state)
+    self._take(state)
     if not ok:
       return
     self._write(slot, range(first, first + count), qkv)
@@ -94,10 +110,10 @@ class CacheMachine(stateful.RuleBasedStateMachine):
 
   @stateful.rule(active=st.lists(st.booleans(), min_size=3, max_size=3), seed=st.integers(0, 2**16))
   def decode(self, active, seed):
-    active = [a and slot in self.model.positions for slot, a in enumerate(active)]
+    active = [a and slot in self.model.positions and self._owns(slot) for slot, a in enumerate(active)]
     qkv = _random_qkv(seed, CONFIG.num_slots)
     out, ok, state = _decode(self.state, np.array(active), qkv, self.scoring)
-    self.state = poison(state)
+    self._take(state)
     for slot in range(CONFIG.num_slots):
       if not active[slot]:
         assert not ok[slot]
@@ -115,10 +131,12 @@ class CacheMachine(stateful.RuleBasedStateMachine):
       slot=st.integers(0, 2), budget=st.integers(1, 24), window=st.integers(0, 8), sinks=st.integers(0, 3),
       allocation=st.sampled_from(["all", "layer", "head"]))
   def evict(self, slot, budget, window, sinks, allocation):
+    if not self._owns(slot):
+      return
     before = held_kvs(self.state, slot)
     rows = np.array([[slot, budget, window, sinks]], np.int32).T
     state, report = _evict(self.state, *rows, rule=self.scoring, allocation=allocation)
-    self.state = poison(state)
+    self._take(state)
     kept, _ = oracles.evict(
         before, num_tokens=self.model.num_tokens.get(slot, 0), window=window, sinks=sinks,
         block_size=CONFIG.block_size, allowed=budget, allocation=allocation)
@@ -129,13 +147,13 @@ class CacheMachine(stateful.RuleBasedStateMachine):
 
   @stateful.rule(slot=st.integers(0, 2))
   def release(self, slot):
-    self.state = poison(_release(self.state, jnp.array([slot])))
+    self._take(_release(self.state, jnp.array([slot])))
     self.model.release(slot)
 
   @stateful.invariant()
   def holds(self):
     if hasattr(self, "state"):
-      check_invariants(self.state)
+      check_invariants(self.state, self.held.values())
       self.model.check_invariants()
       assert int(self.state.free_count) == self.model.blocks_free
       for slot, held in self.model.positions.items():
@@ -155,7 +173,79 @@ class CacheMachine(stateful.RuleBasedStateMachine):
       np.testing.assert_allclose(out[layer], oracles.attention_ragged(q[layer], keys, values, SCALE), atol=1e-5)
 
 
+class SharingMachine(CacheMachine):
+  """The same, and sequences that share blocks; what is held stays as it was, bit for bit."""
+
+  config, model_type = dataclasses.replace(CONFIG, sharing=True), oracles.SharedCacheModel
+
+  @stateful.initialize()
+  def start_holding(self):
+    self.of_held = {}  # name -> (the KVs written, scores, content)
+
+  def _owns(self, slot):
+    state, ok = _unshare(self.state, jnp.int32(slot))
+    assert bool(ok) == self.model.unshare(slot)
+    self._take(state)
+    return bool(ok)
+
+  @stateful.rule(slot=st.integers(0, 2), name=st.sampled_from("abc"))
+  def hold(self, slot, name):
+    if slot not in self.model.positions or name in self.held:
+      return
+    state, self.held[name] = _hold(self.state, jnp.int32(slot))
+    self._take(state)
+    self.model.hold(name, slot)
+    written = {(layer, p): kv for (s, layer, p), kv in self.written.items() if s == slot}
+    self.of_held[name] = written, held_kvs(state, slot), self._content(name)
+
+  @stateful.rule(name=st.sampled_from("abc"), slot=st.integers(0, 2))
+  def adopt(self, name, slot):
+    if name not in self.held:
+      return
+    state, ok = _adopt(self.state, self.held[name], jnp.int32(slot))
+    assert bool(ok) == (slot not in self.model.positions and self.model.adopt(name, slot))
+    self._take(state)
+    if ok:
+      written, kvs, _ = self.of_held[name]
+      self.written |= {(slot, *at): kv for at, kv in written.items()}
+      assert held_kvs(self.state, slot) == kvs
+
+  @stateful.rule(slot=st.integers(0, 2))
+  def unshare(self, slot):
+    self._owns(slot)
+
+  @stateful.rule(name=st.sampled_from("abc"))
+  def drop(self, name):
+    if name in self.held:
+      state = _drop(self.state, self.held.pop(name))
+      self._take(state)
+      self.model.drop(name)
+
+  @stateful.rule(slots=st.permutations([0, 1, 2]))
+  def release_all(self, slots):
+    self._take(_release(self.state, jnp.array(slots)))
+    for slot in slots:
+      self.model.release(slot)
+
+  @stateful.invariant()
+  def nothing_that_is_held_changes(self):
+    for name in getattr(self, "held", ()):
+      for now, before in zip(self._content(name), self.of_held[name][2], strict=True):
+        np.testing.assert_array_equal(now, before)
+
+  def _content(self, name):
+    """KVs, scores and positions of what is held, in its order."""
+    held, state = self.held[name], self.state
+    live = np.arange(held.tables.shape[-1] * state.block_size) < np.asarray(held.lengths)[..., None]
+    arrays = (np.asarray(state.kv)[held.tables].swapaxes(3, 4), np.asarray(state.scores)[held.tables],
+              np.asarray(state.positions)[held.tables])
+    out = [arrays[0].reshape(*live.shape[:2], -1, *arrays[0].shape[4:])[live]]
+    return out + [a.reshape(live.shape)[live] for a in arrays[1:]]
+
+
 CacheMachine.TestCase.settings = hypothesis.settings(
     max_examples=25, stateful_step_count=20, deadline=None, derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large])
 TestCacheMachine = CacheMachine.TestCase
+SharingMachine.TestCase.settings = hypothesis.settings(CacheMachine.TestCase.settings, max_examples=18)
+TestSharingMachine = SharingMachine.TestCase

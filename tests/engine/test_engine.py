@@ -349,3 +349,15 @@ def test_memory_pressure_compresses_those_that_allow_it_first(tight):
     assert (now.preemptions > before.preemptions) == (not on_demand)
     assert (now.freed_blocks > before.freed_blocks) == on_demand
     _check_empty(tight)
+
+
+def test_a_compression_that_is_due_is_not_lost_on_the_way(roomy, alone):
+  """A sequence that gives way between a step and the compression behind it is compressed when it is back."""
+  number = roomy.add(*REQUESTS[5])
+  (sequence,) = roomy._requests[number]
+  while not (sequence.slot >= 0 and sequence.is_due):
+    roomy.step()
+    roomy._collect()
+  roomy._preempt(sequence)
+  (output,) = _serve(roomy).values()
+  assert _what(output) == alone[5]

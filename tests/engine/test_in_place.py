@@ -3,12 +3,15 @@
 A pool of 16 sequences of 4096 tokens in the head shape of Llama-3.1-8B.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kvc_jax.attention.prefill import init_observation
+from kvc_jax.cache.share import hold
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.config import LlamaConfig, RopeConfig
 from kvc_jax.engine import steps
@@ -26,6 +29,8 @@ CACHE = CacheConfig(
     num_blocks=SLOTS * MODEL.num_layers * MODEL.num_kv_heads * TOKENS // BLOCK + 1, block_size=BLOCK,
     max_blocks_per_head=TOKENS // BLOCK, dtype=jnp.bfloat16, num_heads=MODEL.num_heads)
 STATE = jax.eval_shape(lambda: init_cache(CACHE))
+SHARED = jax.eval_shape(lambda: init_cache(dataclasses.replace(CACHE, sharing=True)))
+HELD = jax.eval_shape(hold, SHARED, np.int32(0))[1]
 LLAMA = abstract_llama(MODEL, jnp.bfloat16)
 
 
@@ -79,6 +84,11 @@ LOWERED = {
     "evict over all": lambda: _evict("all"),
     "evict per head": lambda: _evict("head"),
     "release": lambda: steps.release.lower(STATE, _ints(1)),
+    "release what is shared": lambda: steps.release.lower(SHARED, _ints(2)),
+    "hold": lambda: steps.hold.lower(SHARED, _ints()),
+    "adopt": lambda: steps.adopt.lower(SHARED, HELD, _ints()),
+    "unshare": lambda: steps.unshare.lower(SHARED, _ints()),
+    "drop": lambda: steps.drop.lower(SHARED, HELD),
 }
 
 

@@ -1,9 +1,10 @@
-"""Ten thousand random operations on an engine whose pool is nearly full.
+"""Ten thousand random operations on an engine whose pool is nearly full, and some thousand with cached prefixes.
 
 Nothing leaks, nobody starves, all end, and what a request says is what it says when it is alone.
 """
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -13,18 +14,21 @@ from kvc_jax import Compression, Engine, InputError, QueueFull, RandomScore, Sam
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine import footprint
 
-OPERATIONS = 10_000
+OPERATIONS, WITH_PREFIXES = 10_000, 2_500
 RULES = (WindowAttention(queries=4, pooling=3), RandomScore())
 LONGEST_WAIT = 250  # steps; a request decodes for 14 at most
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+def folder(tmp_path_factory):
   config = hf_config(num_hidden_layers=1, max_position_embeddings=64)
-  folder = write_folder(tmp_path_factory.mktemp("tiny") / "model", config, hf_tensors(config))
+  return write_folder(tmp_path_factory.mktemp("tiny") / "model", config, hf_tensors(config))
+
+
+def _engine(folder, **options):
   return Engine(
       folder, max_num_seqs=4, block_size=2, chunk_size=8, num_blocks=2 * 16 + 1, max_waiting=10, steps_per_sync=2,
-      swap_bytes=3000, rules=RULES, allocations=("all", "head"))
+      swap_bytes=3000, rules=RULES, allocations=("all", "head"), **options)
 
 
 def _random_request(rng):
@@ -42,18 +46,30 @@ def _random_request(rng):
   return rng.integers(3, 40, size).tolist(), params, compression
 
 
+def _request_like_others(rng):
+  """A prompt that begins as others do, under one of few settings."""
+  _, params, compression = _random_request(rng)
+  size = int(rng.choice([5, 9, 14, 17]))
+  same = int(rng.integers(size + 1))
+  prompt = [*range(3, 3 + same), *rng.integers(3, 40, size - same).tolist()]
+  if compression is not None:
+    compression = dataclasses.replace(
+        compression, rate=4, max_cache_tokens=(6, 10)[rng.integers(2)], window=2, sinks=0, keep=(), allocation="all")
+  return prompt, params, compression
+
+
 class _Client:
   """Arrivals, cancellations and what became of them."""
 
-  def __init__(self, engine):
-    self.engine, self.steps = engine, 0
+  def __init__(self, engine, draw=_random_request):
+    self.engine, self.steps, self.draw = engine, 0, draw
     self.left = {}  # request id -> (samples to come, step of its arrival)
     self.asked, self.said = {}, {}  # of requests that are not compressed on demand
     self.ended = collections.Counter()
 
   def arrive(self, rng):
     try:
-      prompt, params, compression = _random_request(rng)
+      prompt, params, compression = self.draw(rng)
       request_id = self.engine.add(prompt, params, compression)
       self.left[request_id] = (params.n, self.steps)
       if compression is None or not compression.on_demand:
@@ -96,34 +112,67 @@ class _Client:
         del self.left[update.request_id]
 
 
-def test_random_operations(engine):
-  rng, client = np.random.default_rng(0), _Client(engine)
+def _held(engine):
+  return engine._prefixes.held if engine._prefixes else ()
+
+
+def _operate(engine, client, operations, check_every):
+  """Random operations until all has ended; returns the fewest free blocks that were seen."""
+  rng = np.random.default_rng(0)
   acts = (client.arrive, client.cancel, client.preempt, client.compress, client.step)
   tightest = engine.config.num_blocks
-  for number in range(OPERATIONS):
+  for number in range(operations):
     acts[rng.choice(5, p=[0.22, 0.03, 0.03, 0.04, 0.68])](rng)
     if number % 100 == 0:
       engine._collect()
-      assert engine.stats().free_blocks == engine.batch.free_blocks
+      if engine.config.sharing:
+        assert engine._free_now <= engine.batch.free_blocks
+      else:
+        assert engine.stats().free_blocks == engine.batch.free_blocks
       orders = [s.order for s in engine._scheduler.waiting]
       assert orders == sorted(orders)  # first come, first served, whoever gave way in front
-      tightest = min(tightest, engine.stats().free_blocks)
-    if number % 1000 == 0:
-      check_invariants(engine.batch.state)
+      tightest = min(tightest, engine.batch.free_blocks)
+    if number % check_every == 0:
+      check_invariants(engine.batch.state, _held(engine))
   for _ in range(LONGEST_WAIT):
     client.step()
   assert not client.left
   assert not engine.has_work
-  assert engine.batch.free_blocks == engine.stats().free_blocks == engine.config.num_blocks - 1
+  assert engine.stats().free_blocks == engine.config.num_blocks - 1
   assert len(engine.batch._free_slots) == 4
-  check_invariants(engine.batch.state)
+  check_invariants(engine.batch.state, _held(engine))
+  return tightest
+
+
+def test_random_operations(folder):
+  engine = _engine(folder)
+  client = _Client(engine)
+  tightest = _operate(engine, client, OPERATIONS, check_every=1000)
+  assert engine.batch.free_blocks == engine.config.num_blocks - 1
   _check_against_alone(engine, client)
   _check_that_it_was_hard(engine.stats(), client.ended, tightest)
 
 
-def _check_against_alone(engine, client):
+def test_random_operations_with_cached_prefixes(folder):
+  """What was said stays the same without cached prefixes, and no block is lost."""
+  engine = _engine(folder, prefix_caching=True, prefix_interval=4)
+  client = _Client(engine, _request_like_others)
+  tightest = _operate(engine, client, WITH_PREFIXES, check_every=50)
+  _check_against_alone(_engine(folder), client, most=50)
+  stats = engine.stats()
+  assert set(client.ended) <= {"length", "stop", "cancelled", "refused", "too large"}
+  assert tightest <= 1
+  assert stats.prefix_hits > 50
+  assert stats.preemptions > 40
+  while engine._prefixes.drop_oldest():
+    pass
+  assert engine.batch.free_blocks == engine.config.num_blocks - 1
+  check_invariants(engine.batch.state)
+
+
+def _check_against_alone(engine, client, most=80):
   finished = [i for i in client.asked if (i, 0) in client.said]
-  for request_id in finished[:: max(len(finished) // 80, 1)]:
+  for request_id in finished[:: max(len(finished) // most, 1)]:
     engine.add(*client.asked[request_id])
     while engine.has_work:
       for update in engine.step():

@@ -39,7 +39,7 @@ def _port(process):
 
 def test_it_drains_and_ends():
   """A stream that runs when the signal comes is finished; new connections are refused."""
-  with _command(KVC_API_KEY="secret") as process:
+  with _command("--prefix-caching", "--prefix-interval", "32", KVC_API_KEY="secret") as process:
     connection = http.client.HTTPConnection("127.0.0.1", port := _port(process), timeout=SECONDS)
     with contextlib.closing(connection):
       body = {"model": "stories260K", "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "stream": True}
@@ -89,6 +89,7 @@ def _fails(options, message, capsys):
     (["--api-key-file", os.devnull], "/dev/null is empty"),
     (["--port", "0", "--max-waiting", "-1"], "max_waiting is -1"),
     (["--port", "0", "--num-blocks", "4"], "num_blocks"),
+    (["--port", "0", "--prefix-caching", "--prefix-interval", "0"], "prefix_interval is 0"),
 ])
 def test_bad_options(options, message, capsys):
   _fails(options, message, capsys)
