@@ -107,14 +107,12 @@ def _decode_on_mosaic(dtype: str, head_dim: int, max_group: int) -> Support:
 
 
 TABLE: dict[str, tuple[Support, ...]] = {
-    # Mosaic is up to 4% faster, but its CTAs wait for one another, and where processes shared a GPU launches
-    # were seen that never ended. Until that is understood it runs where it is asked for.
     "paged_decode": (
-        Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
         _decode_on_mosaic("bfloat16", 128, 8),
         _decode_on_mosaic("bfloat16", 64, 16),
         _decode_on_mosaic("float16", 64, 4),
         _decode_on_mosaic("bfloat16", 256, 2),  # not timed
+        Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
     ),
     # Ampere has no e4m3, and this kernel leaves its conversion to Triton. Pallas counts single bytes in 32 signed
     # bits up to 4 GiB.

@@ -5,8 +5,8 @@ One kernel. CTAs take equal shares of all tiles (stream_k); of those that share 
 CTA walks downwards through its share, so what it waits for was begun first, by a
 CTA that was started earlier: nothing can wait for ever.
 
-A CTA is two warpgroups. The producer reads block tables and copies K and V, block by
-block, into a ring in shared memory (TMA); the consumer multiplies. Queries are few,
+A CTA is two warpgroups. One warp of the producer reads block tables and copies K and V, block
+by block, into a ring in shared memory (TMA); the consumer multiplies. Queries are few,
 so they are the narrow side of the tensor core's products: logits [tile, columns] =
 K q^T and output [D, columns] = V^T p^T. As in paged_decode_triton the observed
 queries take columns beside the group's. What they add to scores goes to memory as
@@ -245,7 +245,19 @@ def _attend_kernel(*args, plan, fused):
 
 
 def _produce(cta):
-  """Copies queries of the pairs, and blocks of the tiles, as the rings become free."""
+  """Copies queries of the pairs, and blocks of the tiles, as the rings become free; then zeroes what nobody visits."""
+
+  @plgpu.warp_map
+  def _(warp):
+    # One warp alone. A waiting warp knows a barrier's phases apart by their parity, so one that sleeps
+    # through a turn of the ring, as after a switch to another process, would wait for ever.
+    pl.when(warp == 0)(lambda: _copy_all(cta))
+
+  if cta.partial_done is not None:
+    _zero_empty_pairs(cta)
+
+
+def _copy_all(cta):
   smem, stages = cta.smem, cta.plan.config.stages
 
   def visit(pair, table_row, ring, begin, end, count):
@@ -264,8 +276,6 @@ def _produce(cta):
   # A barrier's every phase must have been seen before the kernel ends.
   _wait_for_last(smem["empty"], tiles, stages)
   _wait_for_last(smem["q_empty"], pairs, _Q_SLOTS)
-  if cta.partial_done is not None:
-    _zero_empty_pairs(cta)
 
 
 def _zero_empty_pairs(cta):
@@ -309,22 +319,18 @@ def _copy_queries(cta, pair, table_row, count):
 def _copy_blocks(cta, blocks, slot):
   """Starts the copies of one tile's K, V and positions."""
   plan, refs, smem, size = cta.plan, cta.refs, cta.smem, cta.plan.block_size
-  rows = [pl.multiple_of(block * (2 * size), size) for block in blocks]
-  value_rows = [pl.multiple_of(block * (2 * size) + size, size) for block in blocks]
+  rows = [block * (2 * size) for block in blocks]
+  value_rows = [block * (2 * size) + size for block in blocks]
   full = smem["full"].at[slot]
 
-  @plgpu.warp_map
-  def _(warp):
-    @pl.when(warp == 0)
-    def _():
-      for j, block in enumerate(blocks):
-        to = pl.ds(j * size, size)
-        plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(rows[j], size)], smem["k"].at[slot, to], full)
-        plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(value_rows[j], size)], smem["v"].at[slot, to], full)
-        if plan.observes and plan.buffer:
-          # Without a tensor map, which would want the target aligned to 128 bytes.
-          plgpu.copy_gmem_to_smem(refs["positions"].at[block], smem["positions"].at[slot, to], full,
-                                  oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+  for j, block in enumerate(blocks):
+    to = pl.ds(j * size, size)
+    plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(rows[j], size)], smem["k"].at[slot, to], full)
+    plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(value_rows[j], size)], smem["v"].at[slot, to], full)
+    if plan.observes and plan.buffer:
+      # Without a tensor map, which would want the target aligned to 128 bytes.
+      plgpu.copy_gmem_to_smem(refs["positions"].at[block], smem["positions"].at[slot, to], full,
+                              oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
 # ---------------------------------------------------------------------------------- consumer
@@ -450,7 +456,7 @@ def _finish(cta, pair, sharers, table_row, q_slot, acc, top, total):
     refs["top"].at[slot][...] = top
     refs["sum"].at[slot][...] = total
     plgpu.commit_smem()  # all threads are done
-    pl.semaphore_signal(cta.partial_done.at[pair])
+    plgpu.semaphore_signal(cta.partial_done.at[pair], memory_scope="gpu")
 
   @pl.when(cta.index == stop - 1)
   def _():

@@ -21,7 +21,7 @@ def test_the_cpu_runs_xla():
 
 
 @pytest.mark.parametrize(("capability", "change", "expected"), [
-    ((9, 0), {}, "triton"),
+    ((9, 0), {}, "mosaic"),
     ((8, 0), {}, "triton"),
     ((8, 9), {}, "triton"),
     ((7, 5), {}, "xla"),
@@ -42,8 +42,8 @@ def test_a_refusal_is_logged_once(caplog):
     assert [backends.choose("paged_decode", odd) for _ in range(3)] == ["xla"] * 3
   (record,) = caplog.records
   assert record.getMessage() == (
-      "paged_decode runs on XLA, which is slower: triton does not take head_dim 77; "
-      "mosaic does not take compute capability 8.0")
+      "paged_decode runs on XLA, which is slower: mosaic does not take compute capability 8.0; "
+      "triton does not take head_dim 77")
 
 
 def test_mosaic_runs_where_it_is_asked_for():

@@ -1,5 +1,8 @@
 """The Pallas Mosaic GPU decode kernel, interpreted on the CPU; on a GPU it runs in test_paged_decode_triton.py."""
 
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import pytest
 from decode_problems import (
@@ -63,3 +66,43 @@ def test_tolerance_catches(mutation):
   problem = _problem(2, 64, 16, jnp.bfloat16, max_tokens=64)
   out, _ = _interpret(mutate(problem, mutation), 0)
   assert output_error(out, expected_output(problem, 0, SCALE)) > 2 * TOLERANCES["bfloat16"]
+
+
+# ------------------------------------------------------------------------------------ on a GPU
+
+LAUNCHES = """
+import jax
+import jax.numpy as jnp
+from kvc_jax.kernels import paged_decode_mosaic
+
+SEQS, HEADS, BLOCKS = 64, 8, 128
+kv = jnp.ones((SEQS * HEADS * BLOCKS + 1, 2, 16, 128), jnp.bfloat16)
+tables = 1 + jnp.arange(SEQS * HEADS * BLOCKS, dtype=jnp.int32).reshape(1, SEQS, HEADS, BLOCKS)
+lengths = jnp.full((1, SEQS, HEADS), BLOCKS * 16, jnp.int32)
+
+@jax.jit
+def decode(q, kv, tables, lengths):
+  def again(i, q):
+    return paged_decode_mosaic.paged_decode(q, kv, tables, lengths, jnp.int32(0), scale=0.1)[0]
+  return jax.lax.fori_loop(0, 1000, again, q)
+
+q = jnp.ones((SEQS, 32, 128), jnp.bfloat16)
+for _ in range(12):
+  q = decode(q, kv, tables, lengths)
+assert (q == 1).all()
+"""
+"""12,000 launches, each of some 0.2 ms where the process has the GPU for itself."""
+
+
+@pytest.mark.gpu
+def test_ends_where_processes_share_the_gpu():
+  """The GPU stops kernels halfway to let another process on; their warps may go on at different times."""
+  command = [sys.executable, "-W", "ignore", "-c", LAUNCHES]
+  processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(5)]
+  try:
+    for process in processes:
+      _, errors = process.communicate(timeout=120)
+      assert process.returncode == 0, errors
+  finally:
+    for process in processes:
+      process.kill()
