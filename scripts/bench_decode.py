@@ -60,13 +60,15 @@ VARIANTS = {
     "in order, scores": Variant(shuffled=False, scores=True),
     "in order, scores, every query": Variant(shuffled=False, scores=True, every=1),
     "mosaic": Variant(backend="mosaic"),
+    "triton": Variant(backend="triton"),
     "mosaic, scores": Variant(backend="mosaic", scores=True),
+    "triton, scores": Variant(backend="triton", scores=True),
     "fp8": Variant(dtype="float8_e4m3fn"),
     "xla": Variant(backend="xla"),
 }
-_ON_ALL_SHAPES = ("plain", "mosaic")
+_ON_ALL_SHAPES = ("mosaic", "triton")
 _ON_THE_FIRST = (
-    *_ON_ALL_SHAPES, "scores", "mosaic, scores", "scores, every query", "scores, buffer 10", "in order",
+    *_ON_ALL_SHAPES, "mosaic, scores", "triton, scores", "scores, every query", "scores, buffer 10", "in order",
     "in order, scores", "in order, scores, every query", "fp8")
 PEER_SHAPES = tuple(name for name, shape in bench_common.DECODE_SHAPES.items() if shape.ragged_by != "head")
 

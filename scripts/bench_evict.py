@@ -5,7 +5,7 @@ unless the case says otherwise. Each call restores tables, scores and positions 
 otherwise the second one would have nothing to evict; the time of these copies, measured
 alone, is taken off.
 
-  python scripts/bench_evict.py [CASE ...] [--baseline CASE ...] [--json FOLDER]
+  python scripts/bench_evict.py [CASE ...] [--baseline CASE ...] [--out FOLDER]
 """
 
 import argparse
@@ -167,7 +167,7 @@ def main() -> None:
                       help=f"of {', '.join(CASES)} (default: {', '.join(DEFAULT_CASES)})")
   parser.add_argument("--baseline", nargs="*", metavar="CASE", default=["1x32k", "16x4k"],
                       help="cases that are run on XLA alone as well (default: %(default)s)")
-  parser.add_argument("--json", default=bench_common.RESULTS, help="folder for evict.json")
+  parser.add_argument("--out", default=bench_common.RESULTS, help="folder for evict.json")
   options = parser.parse_args()
   bandwidth, matmul_rate = bench_common.read_bandwidth(), bench_common.matmul_rate()
   rows = []
@@ -177,7 +177,7 @@ def main() -> None:
       bench_common.print_table(rows[-1:])
   bench_common.print_table(rows)
   bench_common.write_results(
-      "evict", rows, folder=options.json, read_bandwidth=bandwidth, matmul_rate=matmul_rate)
+      "evict", rows, folder=options.out, read_bandwidth=bandwidth, matmul_rate=matmul_rate)
 
 
 if __name__ == "__main__":

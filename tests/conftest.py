@@ -1,5 +1,6 @@
-"""Shared by all tests: GPU tests are skipped without a GPU."""
+"""Shared by all tests: GPU tests are skipped without a GPU, the server's without the extra `serve`."""
 
+import importlib.util
 import os
 
 # Two cores deadlock when several CPU devices are simulated; must be set before JAX starts.
@@ -7,6 +8,8 @@ os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest
+
+collect_ignore = [] if importlib.util.find_spec("uvicorn") else ["serving"]
 
 
 def pytest_collection_modifyitems(items):

@@ -42,16 +42,22 @@ def _linear(inputs: int, outputs: int, bias: bool, dtype: DTypeLike, rngs: nnx.R
 
 
 def _side_by_side(*linears: nnx.Linear) -> nnx.Linear:
-  """One product in place of several of one input: their outputs stand behind each other."""
+  """One product in place of several of one input: their outputs stand behind each other. Deletes theirs."""
   first = linears[0]
   kernels = [linear.kernel[...] for linear in linears]
   outputs = sum(kernel.shape[1] for kernel in kernels)
   has_bias = first.bias is not None
   merged = nnx.eval_shape(
       lambda: _linear(kernels[0].shape[0], outputs, has_bias, kernels[0].dtype, nnx.Rngs(0)))
+  replaced = [kernels, [linear.bias[...] for linear in linears]] if has_bias else [kernels]
   merged.kernel = nnx.Param(jnp.concatenate(kernels, axis=1))
   if has_bias:
-    merged.bias = nnx.Param(jnp.concatenate([linear.bias[...] for linear in linears]))
+    merged.bias = nnx.Param(jnp.concatenate(replaced[1]))
+  if not isinstance(kernels[0], jax.core.Tracer):  # as in `abstract_llama`
+    # Modules refer to one another, so that these would live on until Python looks for such circles.
+    jax.block_until_ready(nnx.state(merged))
+    for array in itertools.chain.from_iterable(replaced):
+      array.delete()
   return merged
 
 

@@ -1,5 +1,6 @@
 """Layers with arrays of their own against the stacked ones under a scan."""
 
+import gc
 import pathlib
 
 import jax
@@ -42,6 +43,19 @@ def test_stacked_arrays_are_freed():
   stacked = jax.tree.leaves(nnx.state(model.layers))
   unstack_layers(model)
   assert all(leaf.is_deleted() for leaf in stacked)
+
+
+def test_no_parameter_is_held_twice():
+  model = load_model(GOLDEN, jnp.float32)
+  gc.collect()
+  gc.disable()  # modules refer to one another
+  try:
+    before = sum(array.nbytes for array in jax.live_arrays())
+    apart = unstack_layers(model)
+    assert sum(array.nbytes for array in jax.live_arrays()) <= before
+  finally:
+    gc.enable()
+  assert len(apart.layers) == model.config.num_layers
 
 
 def test_abstract_model_can_be_unstacked():
