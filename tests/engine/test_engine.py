@@ -376,7 +376,7 @@ def test_planning_ahead_spares_everybody_from_giving_way(tight, monkeypatch):
 @pytest.mark.parametrize(("limits", "steps"), [
     ([], 0), ([16], 16), ([8, 8], 8), ([16, 3, 3, 3], 3),
     ([16, 16, 3], 3),  # 9 tokens in 3.5 steps' time, or 35 in 16.5
-    ([*[16] * 9, 15], 16),  # 159 in 16.5, or 150 in 15.5
+    ([*[16] * 39, 15], 16),  # 639 in 16.5, or 600 in 15.5
 ])
 def test_a_loop_is_as_long_as_is_worthwhile(limits, steps):
   assert _worthwhile_steps(limits) == steps
