@@ -7,6 +7,7 @@ import logging
 import operator
 import os
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from kvc_jax.engine.request import EngineStats, FinishReason, SamplingParams, To
 from kvc_jax.engine.scheduler import Scheduler
 from kvc_jax.engine.sequence import Sequence
 from kvc_jax.engine.steps import Decoded
-from kvc_jax.errors import InputError, QueueFull, check_count
+from kvc_jax.errors import InputError, QueueFull, check_count, check_real
 from kvc_jax.eviction.compression import Compression
 from kvc_jax.eviction.score import ScoringRule, check_rule
 from kvc_jax.eviction.score_window import WindowAttention
@@ -79,6 +80,7 @@ class Engine:
       steps_per_sync: int = 8,
       chunks_per_step: int = 1,
       swap_bytes: int = 4 << 30,
+      plan_ahead: float = 0.0,
       rules: tuple[ScoringRule, ...] = (WindowAttention(),),
       allocations: tuple[Allocation, ...] = ("all",),
       prefix_caching: bool = False,
@@ -111,6 +113,9 @@ class Engine:
         make the host's part smaller, and stop strings and new requests later.
       chunks_per_step: prompt chunks between decode steps.
       swap_bytes: host memory for sequences that gave way; beyond it they start over.
+      plan_ahead: start a request only where all that run have blocks for this share, 0 to 1, of the
+        tokens that their max_tokens leaves them. At 1 hardly anybody gives way; where most end long
+        before max_tokens, fewer run than could.
       rules: scoring rules that `warm_up` compiles for; a request with another one
         compiles it when it comes.
       allocations: likewise.
@@ -128,6 +133,9 @@ class Engine:
     check_count("Engine: steps_per_sync", steps_per_sync, at_least=1, at_most=1024)
     check_count("Engine: chunks_per_step", chunks_per_step, at_least=1)
     check_count("Engine: swap_bytes", swap_bytes, at_least=0, at_most=2**60)
+    check_real("Engine: plan_ahead", plan_ahead, at_least=0, hint="a share from 0 to 1")
+    if plan_ahead > 1:
+      raise InputError(f"Engine: plan_ahead is {plan_ahead!r}; give a share from 0 to 1")
     check_count("Engine: seed", seed, at_least=0)
     for rule in rules:
       check_rule(rule)
@@ -162,11 +170,11 @@ class Engine:
     self._kinds = list(itertools.product(rules, allocations))
     self._compiled: set[tuple[ScoringRule, Allocation]] | None = None  # until warm_up
     self._counts: collections.Counter[str] = collections.Counter()
-    self._prefix_interval = prefix_interval
+    self._prefix_interval, self._plan_ahead = prefix_interval, plan_ahead
     self._start_empty()
 
   def _start_empty(self) -> None:
-    self._scheduler = Scheduler(self.config)
+    self._scheduler = Scheduler(self.config, self._plan_ahead)
     self._requests: dict[int, list[Sequence]] = {}
     self._flight: _Flight | None = None
     self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
@@ -701,11 +709,7 @@ class Engine:
   def _decode(self, most_steps: int) -> None:
     """Dispatches decode steps, once for each way of keeping scores."""
     rows = [s for s in self._scheduler.running if s.decodes]
-    intervals = [s.compression.interval for s in rows if s.compression and s.compression.interval]
-    if intervals:
-      # As many steps as divide the shortest interval evenly: else sequences would often wait for the loop's end.
-      shortest = min(intervals)
-      most_steps = min(most_steps, -(-shortest // -(-shortest // most_steps)))
+    most_steps = _worthwhile_steps([min(s.steps_left(self.max_model_len), most_steps) for s in rows])
     groups = collections.defaultdict(list)
     for sequence in rows:
       groups[decode_rule(sequence.compression)].append(sequence)
@@ -729,11 +733,13 @@ class Engine:
     """KVs that all running sequences hold, i32 [L, H] (waits for the device)."""
     return np.asarray(self.batch.state.lengths).sum(axis=1, dtype=np.int32)
 
-  def warm_up(self, progress: bool = False) -> None:
+  def warm_up(self, progress: bool = False, kinds: Collection[Compression | None] | None = None) -> None:
     """Compiles every program that serving can need, by serving each kind of request once.
 
     Args:
       progress: show a progress bar on stderr.
+      kinds: as of requests that will come, where those are fewer than the engine's `rules` and `allocations` allow;
+        their budgets and intervals make no difference.
 
     Raises:
       RuntimeError: requests are being served.
@@ -741,15 +747,17 @@ class Engine:
     if self.has_work:
       raise RuntimeError("warm_up serves requests of its own; call it before the first one is added")
     counts = self._counts.copy()
-    kinds: list[Compression | None] = [None]
-    for rule, allocation in self._kinds:
-      kinds.append(Compression(max_cache_tokens=1, window=1, interval=1, scoring=rule, allocation=allocation))
-    for kind in tqdm.tqdm(kinds, disable=not progress, unit="kind", desc="compiling"):
+    pairs = self._kinds if kinds is None else [(kind.scoring, kind.allocation) for kind in kinds if kind]
+    todo: list[Compression | None] = [None] if kinds is None or None in kinds else []
+    todo += [
+        Compression(max_cache_tokens=1, window=1, interval=1, scoring=rule, allocation=allocation)
+        for rule, allocation in dict.fromkeys(pairs)]
+    for kind in tqdm.tqdm(todo, disable=not progress, unit="kind", desc="compiling"):
       self._serve_one(kind)
     if self.config.sharing:
       self.batch.compile_sharing()
     self._counts = counts
-    self._compiled = set(self._kinds)
+    self._compiled = set(pairs)
 
   def _serve_one(self, compression: Compression | None) -> None:
     params = SamplingParams(temperature=1.0, seed=0, max_tokens=3, logprobs=1, ignore_eos=True)
@@ -791,6 +799,16 @@ class _Flight:
   evicted: list[Evicted] = dataclasses.field(default_factory=list)
   given: list[jax.Array] = dataclasses.field(default_factory=list)
   given_to: list[Sequence] = dataclasses.field(default_factory=list)
+
+
+_SYNC_STEPS = 0.5
+"""What looking at the results of a loop costs, in decode steps."""
+
+
+def _worthwhile_steps(limits: list[int]) -> int:
+  """Steps of a loop that give the most tokens in its time: sequences that cannot go on wait for its end."""
+  candidates = sorted(set(limits), reverse=True)
+  return max(candidates, key=lambda n: sum(min(n, limit) for limit in limits) / (n + _SYNC_STEPS), default=0)
 
 
 def _row(logprobs: Any, at: Any) -> tuple[Any, np.ndarray, np.ndarray]:

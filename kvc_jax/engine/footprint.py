@@ -5,6 +5,10 @@ the tokens of one interval. Whether it is, and at which tokens, follows from the
 and the size of the pool alone, never from the load or the size of a chunk.
 """
 
+from collections.abc import Sequence as Sequences
+
+import numpy as np
+
 from kvc_jax.cache.state import CacheConfig
 from kvc_jax.engine.sequence import Sequence
 from kvc_jax.errors import InputError
@@ -93,3 +97,32 @@ def excess_blocks(config: CacheConfig, sequence: Sequence) -> int:
   if compression is None or sequence.compressed_at == sequence.tokens_seen:
     return 0
   return max(sequence.held_blocks - config.blocks_for(compression.floor_tokens(sequence.tokens_seen)), 0)
+
+
+def blocks_after(config: CacheConfig, sequence: Sequence, steps: int) -> int:
+  """Blocks that a sequence holds about `steps` decode steps from now, in the middle of a compression's interval."""
+  compression, tokens = sequence.compression, len(sequence.prompt) + sequence.steps + steps
+  whole = config.blocks_for(tokens)
+  if compression is None:
+    return whole
+  if compression.interval is None:  # what comes behind the prompt stays
+    floor, since = compression.floor_tokens(len(sequence.prompt)), sequence.steps + steps
+  else:
+    floor, since = compression.floor_tokens(tokens), compression.interval // 2
+  return min(config.blocks_for(floor) + config.blocks_for(since), whole)
+
+
+def fit_ahead(config: CacheConfig, sequences: Sequences[Sequence], share: float) -> bool:
+  """Whether the pool has room for all of these until each has generated `share` of what max_tokens leaves it.
+
+  Taken for linear between now and then. Most is held when one of them gets there.
+  """
+  context = config.max_blocks_per_head * config.block_size
+  left = np.array([
+      max(int(share * (min(s.params.max_tokens, context - len(s.prompt)) - 1 - s.steps)), 0) for s in sequences])
+  now, last = (
+      np.array([blocks_after(config, s, int(steps)) for s, steps in zip(sequences, at, strict=True)])
+      for at in (np.zeros_like(left), left))
+  ends = left[:, None]
+  held = now + (last - now) * ends / np.maximum(left, 1)  # [ends, sequences]
+  return bool((np.where(left >= ends, held, 0).sum(axis=1) <= config.num_blocks - 1).all())

@@ -8,7 +8,7 @@ after somebody gave way, nobody joins before somebody has ended.
 import collections
 
 from kvc_jax.cache.state import CacheConfig
-from kvc_jax.engine.footprint import peak_blocks
+from kvc_jax.engine.footprint import fit_ahead, peak_blocks
 from kvc_jax.engine.sequence import Sequence
 
 
@@ -21,11 +21,11 @@ class Scheduler:
     free_blocks: a lower bound, exact whenever results have been read.
   """
 
-  def __init__(self, config: CacheConfig):
+  def __init__(self, config: CacheConfig, plan_ahead: float = 0.0):
     self.waiting: collections.deque[Sequence] = collections.deque()
     self.running: list[Sequence] = []
     self.free_blocks = config.num_blocks - 1
-    self._config = config
+    self._config, self._plan_ahead = config, plan_ahead
     self._full = False  # somebody gave way, and nobody has ended since
 
   @property
@@ -36,11 +36,15 @@ class Scheduler:
   def next_to_start(self) -> Sequence | None:
     """The first in the queue, where blocks are free for it; None while another is prefilled.
 
-    Beside its own peak it leaves a block for every head of each running sequence.
+    Beside its own peak it leaves a block for every head of each running sequence; when planning
+    ahead, what those and it need until they have that share of their max_tokens.
     """
     if not self.waiting or (self.running and self._full) or self.prefilling or self.blocks_lacking() > 0:
       return None
-    return self.waiting[0]
+    first = self.waiting[0]
+    if self._plan_ahead and self.running and not fit_ahead(self._config, [*self.running, first], self._plan_ahead):
+      return None
+    return first
 
   def blocks_lacking(self) -> int:
     """Blocks that would have to be freed for the first in the queue; 0 where it needs no more, or may not start."""

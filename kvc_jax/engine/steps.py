@@ -5,6 +5,7 @@ Each takes the cache and gives it back, donated, so the pool is updated in place
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,17 @@ def decode_loop(
     What was found, and the cache.
   """
   model = _whole(model)
+  return run_loop(functools.partial(_decode, model, rule=rule), state, rows, num_steps, model.config.vocab_size)
+
+
+Step = Callable[[CacheState, jax.Array, jax.Array], tuple[jax.Array, jax.Array, CacheState]]
+"""Cache, tokens i32 [S] and active bool [S] to logits f32 [S, V], ok bool [S] and the cache: see `decode_step`."""
+
+
+def run_loop(
+    decode: Step, state: CacheState, rows: DecodeRows, num_steps: jax.Array, vocab_size: int
+) -> tuple[Decoded, CacheState]:
+  """What `decode_loop` is made of, for any way to do a step."""
   slots, steps = rows.given.shape
   slot = jnp.arange(slots, dtype=jnp.int32)
 
@@ -190,7 +202,7 @@ def decode_loop(
   def body(carry):
     step, _, tokens, limits, found, state = carry
     counts = found.counts
-    logits, ok, state = _decode(model, state, tokens, counts < limits, rule)
+    logits, ok, state = decode(state, tokens, counts < limits)
     drawn = sample(logits, dataclasses.replace(rows.sampling, step=rows.sampling.step + counts))
     given = rows.given[slot, jnp.minimum(counts, steps - 1)]
     token = jnp.where(given >= 0, given, drawn)
@@ -199,7 +211,7 @@ def decode_loop(
     limits = jnp.where(stopped, 0, limits)
     return step + 1, jnp.any(found.counts < limits) & jnp.any(ok), jnp.where(ok, token, tokens), limits, found, state
 
-  nothing = _nothing(steps, slots, model.config.vocab_size)
+  nothing = _nothing(steps, slots, vocab_size)
   start = (jnp.int32(0), jnp.any(rows.limits > 0), rows.tokens, rows.limits, nothing, state)
   *_, found, state = lax.while_loop(going, body, start)
   return found, state

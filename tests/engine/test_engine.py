@@ -24,6 +24,7 @@ from kvc_jax import (
 )
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine.batch import Batch
+from kvc_jax.engine.engine import _worthwhile_steps
 from kvc_jax.engine.sequence import Sequence
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
@@ -349,6 +350,36 @@ def test_memory_pressure_compresses_those_that_allow_it_first(tight):
     assert (now.preemptions > before.preemptions) == (not on_demand)
     assert (now.freed_blocks > before.freed_blocks) == on_demand
     _check_empty(tight)
+
+
+def test_planning_ahead_spares_everybody_from_giving_way(tight, monkeypatch):
+  """The same texts, no preemption, and requests with short outputs still run together."""
+  params = dataclasses.replace(GREEDY, max_tokens=90, ignore_eos=True)
+  texts = []
+  for share in (0.0, 1.0):
+    monkeypatch.setattr(tight._scheduler, "_plan_ahead", share)
+    before, most = tight.stats().preemptions, 0
+    for _ in range(4):
+      tight.add("Once upon a time", params)
+    outputs = {}
+    while tight.has_work:
+      outputs |= {u.request_id: u.output.token_ids for u in tight.step() if u.output}
+      most = max(most, tight.stats().running)
+    texts.append(list(outputs.values()))
+    assert (tight.stats().preemptions > before) == (share == 0.0)
+    assert most > 1
+  assert sorted(texts[0]) == sorted(texts[1])
+  with pytest.raises(InputError, match="plan_ahead"):
+    Engine(STORIES, plan_ahead=1.5)
+
+
+@pytest.mark.parametrize(("limits", "steps"), [
+    ([], 0), ([16], 16), ([8, 8], 8), ([16, 3, 3, 3], 3),
+    ([16, 16, 3], 3),  # 9 tokens in 3.5 steps' time, or 35 in 16.5
+    ([*[16] * 39, 15], 16),  # 639 in 16.5, or 600 in 15.5
+])
+def test_a_loop_is_as_long_as_is_worthwhile(limits, steps):
+  assert _worthwhile_steps(limits) == steps
 
 
 def test_a_compression_that_is_due_is_not_lost_on_the_way(roomy, alone):

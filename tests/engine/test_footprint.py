@@ -1,5 +1,7 @@
 """Blocks that a request takes, worked by hand: two heads, four KVs in a block, 24 blocks."""
 
+import dataclasses
+
 import pytest
 
 from kvc_jax import CacheConfig, Compression, InputError, SamplingParams
@@ -66,3 +68,35 @@ def test_excess_is_what_lies_above_the_floor():
   sequence.compressed_at = 40
   assert footprint.excess_blocks(CONFIG, sequence) == 0
   assert footprint.excess_blocks(CONFIG, _sequence(40, None, prefilled=40, held_blocks=20)) == 0
+
+
+def _decoding(tokens, compression=None, max_tokens=9, steps=0):
+  sequence = _sequence(tokens, compression, steps=steps, prefilled=tokens)
+  sequence.params = SamplingParams(max_tokens=max_tokens)
+  return sequence
+
+
+@pytest.mark.parametrize(("compression", "steps", "blocks"), [
+    (None, 7, 2 * 10),  # 33 + 7 tokens
+    (SMALL, 7, 2 * (4 + 2)),  # once: what comes behind the prompt stays
+    (Compression(max_cache_tokens=16, window=4, interval=8), 7, 2 * (4 + 1)),  # always about half an interval
+    (Compression(rate=2, window=1, interval=8), 8, 2 * (6 + 1)),  # 41 tokens: 1 + 20
+    (Compression(max_cache_tokens=60, window=4, interval=8), 7, 2 * 10),  # never more than there are
+])
+def test_blocks_to_come(compression, steps, blocks):
+  assert footprint.blocks_after(CONFIG, _decoding(33, compression), steps) == blocks
+
+
+def test_planning_ahead_counts_the_blocks_when_each_ends():
+  # Alone 12 tokens end with 20, 10 blocks, so two fit the 24; the third is too much.
+  assert footprint.fit_ahead(CONFIG, [_decoding(12), _decoding(12)], 1.0)
+  assert not footprint.fit_ahead(CONFIG, [_decoding(12), _decoding(12), _decoding(12)], 1.0)
+  # 6 blocks each now, and 8 half way to their ends.
+  assert footprint.fit_ahead(CONFIG, [_decoding(12), _decoding(12), _decoding(12)], 0.5)
+  assert not footprint.fit_ahead(CONFIG, [_decoding(12)] * 4, 0.5)
+  # One that ends in a step gives its 14 blocks back before the other, of 8 now, gets to its 22.
+  assert footprint.fit_ahead(CONFIG, [_decoding(27, max_tokens=2), _decoding(15, max_tokens=30)], 1.0)
+  assert not footprint.fit_ahead(CONFIG, [_decoding(27, max_tokens=20), _decoding(15, max_tokens=30)], 1.0)
+  # What the context leaves bounds an output as well: 256 tokens.
+  roomy = dataclasses.replace(CONFIG, num_blocks=129)
+  assert footprint.fit_ahead(roomy, [_decoding(15, max_tokens=10_000)], 1.0)

@@ -1,0 +1,223 @@
+"""Times the engine with compression off against one that has no compression by head compiled in.
+
+    python scripts/bench_off.py [--input 2000] [--prompts 24] [--output 256] [--rounds 3] [--out FOLDER]
+
+Both are the same engine, scheduler and model with random weights, and serve the same prompts in turns. With
+compression off our programs score nothing and evict nothing already; what stays of the feature are tables and lengths
+for each head, scores and positions of new KVs, and waiting queries. The other engine has one table and one length
+for all heads of a layer and none of the rest: block b of its table stands for blocks b*H..b*H+H-1 of a
+pool of the same size, and the attention kernels are given the tables written out.
+
+Rows: tokens (in and out) per second of each, and `over_compiled_out`, ours over the other's, from the
+medians of the rounds. `same_outputs` is the share of prompts with the same tokens from both.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+from typing import Any
+
+import bench_common as common
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_throughput import _TOKENIZER, _EveryIdHasText, _tiny
+
+from kvc_jax.cache import alloc
+from kvc_jax.cache.state import CacheState
+from kvc_jax.engine import steps
+from kvc_jax.engine.batch import Batch
+from kvc_jax.engine.engine import Engine
+from kvc_jax.engine.request import SamplingParams
+from kvc_jax.engine.sequence import Sequence
+from kvc_jax.kernels.kv_write import kv_write
+from kvc_jax.kernels.paged_decode import paged_decode
+from kvc_jax.kernels.paged_prefill import paged_prefill
+from kvc_jax.model.flat import FlatModel
+from kvc_jax.model.llama import unstack_layers
+
+
+def main() -> None:
+  args = _arguments()
+  bandwidth = common.read_bandwidth(4 << 30 if not args.tiny else 16 << 20)
+  config = common.llama_8b() if not args.tiny else _tiny()
+  model = unstack_layers(common.random_model(config))
+  engines = {"off": _engine(model, args), "compiled out": _engine(model, args)}
+  engines["compiled out"].batch = SharedBatch(engines["compiled out"].batch)
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, config.vocab_size, args.input).tolist() for _ in range(args.prompts)]
+  for engine in engines.values():
+    _serve(engine, prompts[:1], 3)  # compiles
+  seconds: dict[str, list[float]] = {name: [] for name in engines}
+  outputs: dict[str, list[Any]] = {}
+  for turn in range(args.rounds):
+    for name in (*engines,) if turn % 2 == 0 else (*reversed(engines),):
+      start = time.perf_counter()
+      outputs[name] = _serve(engines[name], prompts, args.output)
+      seconds[name].append(time.perf_counter() - start)
+  tokens = args.prompts * (args.input + args.output)
+  medians = {name: statistics.median(found) for name, found in seconds.items()}
+  same = np.mean([a == b for a, b in zip(*outputs.values(), strict=True)])
+  rows = [{
+      "engine": name, "tokens_per_second": tokens / medians[name], "seconds": medians[name], "least": min(found),
+      "most": max(found), "over_compiled_out": medians["compiled out"] / medians[name], "same_outputs": float(same),
+  } for name, found in seconds.items()]
+  common.print_table(rows)
+  common.write_results("off", rows, folder=args.out, read_bandwidth=bandwidth, **{
+      name: getattr(args, name) for name in ("input", "output", "prompts", "seqs", "rounds")})
+
+
+def _arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--input", type=int, default=2000, help="tokens of a prompt")
+  parser.add_argument("--output", type=int, default=256, help="tokens to generate for each")
+  parser.add_argument("--prompts", type=int, default=24)
+  parser.add_argument("--seqs", type=int, default=8, help="that run at once")
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script on a CPU")
+  parser.add_argument("--out", default=str(common.RESULTS), help="folder for off.json")
+  return parser.parse_args()
+
+
+def _engine(model: Any, args: argparse.Namespace) -> Engine:
+  return Engine(
+      model, tokenizer=_EveryIdHasText.from_folder(_TOKENIZER), max_model_len=args.input + args.output,
+      max_num_seqs=args.seqs, chunk_size=min(2048, args.input), steps_per_sync=16,
+      num_blocks=_blocks(model.config, args))
+
+
+def _blocks(config: Any, args: argparse.Namespace) -> int:
+  """Room for all that run, and as many null blocks as the other engine has."""
+  rows = config.num_layers * args.seqs * (-(-(args.input + args.output) // 16) + 1)
+  return (1 + rows) * config.num_kv_heads
+
+
+def _serve(engine: Engine, prompts: list[list[int]], output: int) -> list[list[int]]:
+  params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+  ids = [engine.add(prompt, params) for prompt in prompts]
+  found = {}
+  while engine.has_work:
+    found |= {update.request_id: update.output.token_ids for update in engine.step() if update.output}
+  return [found[i] for i in ids]
+
+
+# --------------------------------------------------------------------------- without tables per head
+
+
+class SharedBatch(Batch):
+  """A batch whose heads share tables and lengths. Serves no compression and swaps nothing out."""
+
+  def __init__(self, batch: Batch):
+    super().__init__(batch.model, batch.config, batch.chunk_size, None, batch.steps_per_sync)
+    batch.free()
+
+  def _start_empty(self) -> None:
+    super()._start_empty()
+    heads = self.config.num_kv_heads
+    blocks = self.config.num_blocks // heads
+    self.state = CacheState(
+        kv=self.state.kv, scores=None, positions=None, num_tokens=self.state.num_tokens,  # type: ignore[arg-type]
+        tables=self.state.tables[:, :, :1], lengths=self.state.lengths[:, :, :1],
+        free_ids=jnp.arange(blocks - 1, -1, -1, dtype=jnp.int32), free_count=jnp.asarray(blocks - 1, jnp.int32))
+
+  def prefill(self, sequence: Sequence, count: int) -> tuple[jax.Array, jax.Array]:
+    tokens = np.zeros(self.chunk_size, np.int32)
+    tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
+    logits, ok, self.state = _prefill(self._flat, self.state, tokens, np.int32(sequence.slot), np.int32(count))
+    sequence.prefilled += count
+    return logits, ok
+
+  def decode(self, sequences: list[Sequence], limits: list[int], num_steps: int) -> steps.Decoded:
+    found, self.state = _decode_loop(self._flat, self.state, self._rows(sequences, limits), np.int32(num_steps))
+    return found
+
+  def usage(self) -> tuple[jax.Array, jax.Array]:
+    return _usage(self.state, heads=self.config.num_kv_heads)
+
+
+@functools.partial(jax.jit, static_argnames="heads")
+def _usage(state: CacheState, heads: int) -> tuple[jax.Array, jax.Array]:
+  held, free = steps.usage(state)
+  return heads * held, heads * free
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _prefill(
+    model: FlatModel, state: CacheState, tokens: jax.Array, slot: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array, CacheState]:
+  """`steps.prefill_chunk` with shared tables."""
+  llama = model.model()
+  heads = jnp.arange(llama.config.num_kv_heads, dtype=jnp.int32)
+  state, ok = _allocate(state, slot[None], count[None], -(-tokens.shape[0] // state.block_size))
+  count = jnp.where(ok[0], count, 0)
+  row = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+  positions = state.num_tokens[slot] - count + row
+  tables = (state.tables[:, slot] * len(heads) + heads[:, None])[:, None]  # [L, 1, H, M]
+  offsets = jnp.broadcast_to((positions % state.block_size)[:, None], (len(row), len(heads)))
+  prefix = jnp.broadcast_to(state.num_tokens[slot] - count, heads.shape)
+
+  def attend(layer, q, k, v, kv):
+    block = jnp.where(row < count, state.tables[layer, slot, 0, positions // state.block_size], 0)
+    kv = kv_write(kv, k, v, block[:, None] * len(heads) + heads, offsets)
+    out, _ = paged_prefill(
+        q, k, v, kv, tables, prefix, layer, jnp.int32(0), count, scale=llama.config.head_dim**-0.5)
+    return out, kv
+
+  hidden, kv = llama(tokens, positions, attend, state.kv)
+  last = hidden[jnp.maximum(count - 1, 0)]
+  return llama.logits(last[None])[0], ok[0], _with_pool(state, kv)
+
+
+@functools.partial(jax.jit, donate_argnames="state", compiler_options=steps.DECODE_OPTIONS)
+def _decode_loop(
+    model: FlatModel, state: CacheState, rows: steps.DecodeRows, num_steps: jax.Array
+) -> tuple[steps.Decoded, CacheState]:
+  """`steps.decode_loop` with shared tables."""
+  llama = model.model()
+  heads = jnp.arange(llama.config.num_kv_heads, dtype=jnp.int32)
+
+  def decode(state, tokens, active):
+    slots = jnp.arange(state.num_slots, dtype=jnp.int32)
+    state, ok = _allocate(state, slots, active.astype(jnp.int32), 1)
+    ok &= active
+    tables = state.tables * len(heads) + heads[:, None]
+    lengths = jnp.where(ok[:, None], state.lengths, 0)
+    lengths_of_heads = jnp.broadcast_to(lengths, tables.shape[:3])
+    last = jnp.maximum(state.num_tokens - 1, 0)
+    offsets = jnp.broadcast_to((last % state.block_size)[:, None], (len(slots), len(heads)))
+
+    def attend(layer, q, k, v, kv):
+      block = jnp.where(ok, state.tables[layer, slots, 0, last // state.block_size], 0)
+      kv = kv_write(kv, k, v, block[:, None] * len(heads) + heads, offsets)
+      out, *_ = paged_decode(q, kv, tables, lengths_of_heads, layer, scale=llama.config.head_dim**-0.5)
+      return out, kv
+
+    hidden, kv = llama(tokens, last, attend, state.kv)
+    return llama.logits(hidden), ok, _with_pool(state, kv)
+
+  return steps.run_loop(decode, state, rows, num_steps, llama.config.vocab_size)
+
+
+def _with_pool(state: CacheState, kv: jax.Array) -> CacheState:
+  return dataclasses.replace(state, kv=kv)
+
+
+def _allocate(
+    state: CacheState, slots: jax.Array, counts: jax.Array, most: int
+) -> tuple[CacheState, jax.Array]:
+  """`alloc.allocate` without scores, positions and queries; `most` blocks for each sequence at most."""
+  old = state.lengths[:, slots]
+  need = alloc.blocks_held(old + counts[:, None], state.block_size) - alloc.blocks_held(old, state.block_size)
+  per_sequence = jnp.sum(need, axis=(0, 2))
+  ok = (jnp.cumsum(per_sequence) <= state.free_count) | (per_sequence == 0)
+  counts = jnp.where(ok, counts, 0)
+  state = alloc.pop_blocks(state, slots, old, jnp.where(ok[:, None], need, 0), most)
+  return dataclasses.replace(
+      state, lengths=state.lengths.at[:, slots].add(counts[None, :, None]),
+      num_tokens=state.num_tokens.at[slots].add(counts)), ok
+
+
+if __name__ == "__main__":
+  main()
