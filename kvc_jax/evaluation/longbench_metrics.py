@@ -9,6 +9,7 @@ import importlib.util
 import re
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvc_jax.errors import InputError
 from kvc_jax.evaluation.lcs import lcs_items, lcs_length
@@ -128,11 +129,17 @@ def _segmented(text: str) -> list[str]:
   return list(_jieba().cut(text, cut_all=False))
 
 
-@functools.cache
-def _jieba():
+def check_can_segment(name: str) -> None:
+  """Raises InputError where jieba, which a Chinese set is scored with, is missing."""
   if importlib.util.find_spec("jieba") is None:
-    raise InputError("LongBench's Chinese sets are scored by jieba's words; run: pip install 'kvc_jax[eval]'")
+    raise InputError(f"{name} is scored by the words that jieba finds, and it is missing; run: "
+                     "pip install 'kvc_jax[eval]', or leave the Chinese sets out with --set")
+
+
+@functools.cache
+def _jieba() -> Any:
+  check_can_segment("a Chinese set")
   import jieba
 
-  jieba.setLogLevel("WARNING")
+  jieba.setLogLevel("WARNING")  # its dictionary is loaded at the first text, with a line on stderr
   return jieba
