@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from kvc_jax.errors import InputError
+from kvc_jax.errors import InputError, check_count
 from kvc_jax.evaluation import longbench_metrics as metrics
 from kvc_jax.evaluation.task import Sample
 from kvc_jax.tokenizer import Tokenizer
@@ -55,6 +55,9 @@ TEMPLATES: tuple[Template, ...] = get_args(Template)
 _FEW_SHOT = frozenset({"trec", "triviaqa", "samsum", "lsht"})
 _NO_TEMPLATE = _FEW_SHOT | {"lcc", "repobench-p"}
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets" / "longbench"
+_TEMPLATE_TOKENS = 64
+"""Of the context, left for a chat template, and for text that takes more tokens once its middle is cut out."""
+_LEAST_INPUT = 64
 _FIELDS = ("input", "context", "answers", "length", "all_classes")
 
 
@@ -176,8 +179,27 @@ class LongBenchTask:
     return score(self._set, prediction, sample.references, self._classes)
 
 
+def input_tokens(name: str, context: int, new_tokens: int, given: int | None) -> int:
+  """Most tokens of a set's prompt before its template: `given`, or what the context has room for.
+
+  Raises:
+    InputError: the context has no room for a prompt beside the answer.
+  """
+  room = context - new_tokens - (0 if name in _NO_TEMPLATE else _TEMPLATE_TOKENS)
+  if given is not None:
+    check_count("--max-input-tokens", given, at_least=2)
+    if given > context - new_tokens:
+      raise InputError(f"--max-input-tokens is {given}, but of a context of {context} tokens an answer of {name} "
+                       f"leaves {max(context - new_tokens, 0)}; lower it, or lower --max-new-tokens")
+    return given
+  if room < _LEAST_INPUT:
+    raise InputError(f"an answer of {name} has up to {new_tokens} tokens, and the context is {context}: that leaves "
+                     "no room for a prompt; lower --max-new-tokens, or leave the set out with --set")
+  return room
+
+
 def check_names(names: Sequence[str], *, extended: bool) -> tuple[str, ...]:
-  """Names of sets, all of them where none is given, each once.
+  """Names of sets, each once.
 
   Raises:
     InputError: there is no such set, or LongBench-E lacks it, or jieba is needed and missing.
@@ -186,11 +208,33 @@ def check_names(names: Sequence[str], *, extended: bool) -> tuple[str, ...]:
   for name in names:
     if name not in known:
       raise InputError(f"{'LongBench-E' if extended else 'LongBench'} has no set {name!r}; give {', '.join(known)}")
-  chosen = tuple(dict.fromkeys(names)) or known
+  chosen = tuple(dict.fromkeys(names))
   for name in chosen:
     if METRICS[name] in (metrics.qa_f1_zh, metrics.rouge_l_zh):
       metrics.check_can_segment(name)
   return chosen
+
+
+def sets_in(folder: str | pathlib.Path, *, extended: bool) -> tuple[str, ...]:
+  """Names of the sets that a folder has.
+
+  Raises:
+    InputError: it has none.
+  """
+  found = tuple(name for name in (E_SETS if extended else SETS) if _file(folder, name, extended))
+  if not found:
+    raise InputError(f"{folder} has no set of LongBench{'-E' if extended else ''}; give a folder with files such as "
+                     f"{_file_name('qasper', extended)}, as LongBench's data.zip unpacks")
+  return found
+
+
+def _file_name(name: str, extended: bool) -> str:
+  return f"{name}_e.jsonl" if extended else f"{name}.jsonl"
+
+
+def _file(folder: str | pathlib.Path, name: str, extended: bool) -> pathlib.Path | None:
+  places = (pathlib.Path(folder), pathlib.Path(folder) / "data")
+  return next((path for place in places if (path := place / _file_name(name, extended)).is_file()), None)
 
 
 def read_rows(folder: str | pathlib.Path, name: str, *, extended: bool = False) -> list[dict[str, Any]]:
@@ -199,15 +243,55 @@ def read_rows(folder: str | pathlib.Path, name: str, *, extended: bool = False) 
   Raises:
     InputError: there is no such file, or a line is no row of LongBench.
   """
-  folder = pathlib.Path(folder)
-  file = f"{name}_e.jsonl" if extended else f"{name}.jsonl"
-  path = next((path for path in (folder / file, folder / "data" / file) if path.is_file()), None)
+  path = _file(folder, name, extended)
   if path is None:
-    raise InputError(f"{folder} has no {file}; give the folder of LongBench's data, as its data.zip unpacks")
+    raise InputError(f"{folder} has no {_file_name(name, extended)}; give the folder of LongBench's data, as its "
+                     "data.zip unpacks")
   rows = read_json_lines(path, _FIELDS)
   if not rows:
     raise InputError(f"{path} is empty; copy it again from its source")
   return rows
+
+
+def means(scores: Sequence[float], buckets: Sequence[str]) -> dict[str, Any]:
+  """Number of samples and, rounded as the official scorer rounds, the mean score and that of each bucket, times 100."""
+  found: dict[str, Any] = {"samples": len(scores), "score": _percent(scores)}
+  for name in BUCKETS:
+    if within := [score for score, of in zip(scores, buckets, strict=True) if of == name]:
+      found[name] = _percent(within)
+  return found
+
+
+def _percent(scores: Sequence[float]) -> float:
+  return round(100 * sum(scores) / len(scores), 2)
+
+
+def score_folder(folder: str | pathlib.Path, *, extended: bool = False) -> dict[str, tuple[list[float], list[str]]]:
+  """Scores predictions in LongBench's format: NAME.jsonl (or NAME_e.jsonl) with pred, answers, all_classes, length.
+
+  Args:
+    folder: with the files, such as one policy's of `kvc eval longbench`.
+    extended: whether buckets are wanted, for which each row has a length.
+
+  Returns:
+    By set: the score of each sample, and its bucket ("" unless wanted).
+
+  Raises:
+    InputError: there are none, or a file is damaged or is no set's.
+  """
+  scores: dict[str, tuple[list[float], list[str]]] = {}
+  for path in sorted(pathlib.Path(folder).glob("*.jsonl")):
+    name = path.stem.removesuffix("_e")
+    check_names([name], extended=extended)
+    rows = read_json_lines(path, ("pred", "answers", "all_classes", *(["length"] if extended else [])))
+    if not rows:
+      raise InputError(f"{path} is empty; remove it, or predict its set first")
+    if name in scores:
+      raise InputError(f"{folder} has {name} twice, as {name}.jsonl and as {name}_e.jsonl; keep one of them there")
+    scores[name] = score_rows(name, rows), [bucket(row["length"]) if extended else "" for row in rows]
+  if not scores:
+    raise InputError(f"{folder} has no .jsonl files; give a folder of predictions such as LongBench's pred/MODEL")
+  return scores
 
 
 def read_json_lines(path: pathlib.Path, fields: Sequence[str]) -> list[dict[str, Any]]:

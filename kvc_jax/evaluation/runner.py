@@ -9,7 +9,7 @@ from typing import Any
 import tqdm
 
 from kvc_jax.engine.engine import Engine
-from kvc_jax.engine.request import RequestOutput, SamplingParams
+from kvc_jax.engine.request import CompressionReceipt, RequestOutput, SamplingParams
 from kvc_jax.errors import InputError
 from kvc_jax.evaluation.records import Record, open_records
 from kvc_jax.evaluation.task import Sample, Task
@@ -63,7 +63,8 @@ def run_task(
         raise
     unknown = [record.get("id") for record in file.records if record.get("id") not in order]
     if unknown:
-      raise InputError(f"{path} has a record of {unknown[0]!r}, which is no sample of {task.name}; remove the file")
+      raise InputError(f"{path} has a record of {unknown[0]!r}, which is no sample of {task.name}; remove the file, "
+                       "or ask for as many samples as before")
     return sorted(file.records, key=lambda record: order[record["id"]])
 
 
@@ -114,11 +115,16 @@ def _ask(engine: Engine, sample: Sample, compression: Compression | None) -> int
     raise InputError(f"sample {sample.id}: {e}") from None
 
 
+def held(receipt: CompressionReceipt) -> Record:
+  """A receipt's part of a record."""
+  return {
+      "blocks_held": receipt.blocks_held, "blocks_uncompressed": receipt.blocks_uncompressed,
+      "bytes_held": receipt.bytes_held, "bytes_uncompressed": receipt.bytes_uncompressed,
+      "kvs_kept": receipt.kvs_kept.tolist()}
+
+
 def _record(sample: Sample, output: RequestOutput, score: float, seconds: float) -> Record:
-  receipt = output.receipt
   return {
       "id": sample.id, "group": sample.group, "score": score, "pred": output.text, "answers": list(sample.references),
       **sample.extra, "prompt_tokens": len(output.prompt_token_ids), "output_tokens": len(output.token_ids),
-      "finish_reason": output.finish_reason, "seconds": round(seconds, 6), "blocks_held": receipt.blocks_held,
-      "blocks_uncompressed": receipt.blocks_uncompressed, "bytes_held": receipt.bytes_held,
-      "bytes_uncompressed": receipt.bytes_uncompressed, "kvs_kept": receipt.kvs_kept.tolist()}
+      "finish_reason": output.finish_reason, "seconds": round(seconds, 6), **held(output.receipt)}
