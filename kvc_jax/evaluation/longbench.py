@@ -160,7 +160,7 @@ class LongBenchTask:
     self._most_input, self._most_new, self._template = most_input_tokens, most_new_tokens, template
     self._classes = rows[-1]["all_classes"] if rows else None
     digest = hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()
-    self.settings = {"rows": digest[:16], "max_input_tokens": most_input_tokens, "max_new_tokens": most_new_tokens,
+    self.settings = {"rows": digest[:16], "max_new_tokens": most_new_tokens, "max_input_tokens": most_input_tokens,
                      "template": template}
 
   def __len__(self) -> int:

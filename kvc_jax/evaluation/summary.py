@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvc_jax.errors import InputError
-from kvc_jax.evaluation.records import Record, read_records, read_settings
+from kvc_jax.evaluation.records import Record, read_records, read_settings, settings_path
 
 UNCOMPRESSED = "uncompressed"
 AVERAGE = "average"
@@ -84,8 +84,8 @@ def read_results(folder: pathlib.Path) -> list[Results]:
   """
   found = []
   for path in sorted(folder.glob("*/*.jsonl")):
-    records, settings = read_records(path), read_settings(path)
-    if records:
+    if settings_path(path).exists() and (records := read_records(path)):
+      settings = read_settings(path)
       found.append(Results(policy=path.parent.name, series=str(settings.get("series", path.parent.name)),
                            task=path.stem, records=records))
   if not found:
