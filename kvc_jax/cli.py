@@ -419,7 +419,6 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _eval_longbench(args: argparse.Namespace) -> int:
   from kvc_jax.evaluation import longbench
-  from kvc_jax.evaluation.runner import run_task
 
   extended = args.longbench_e
   names = longbench.check_names(args.set or longbench.sets_in(args.data, extended=extended), extended=extended)
@@ -435,6 +434,13 @@ def _eval_longbench(args: argparse.Namespace) -> int:
     tasks.append(longbench.LongBenchTask(
         name, rows[name], extended=extended, most_new_tokens=new, template=args.template, limit=args.limit,
         most_input_tokens=longbench.input_tokens(name, engine.max_model_len, new, args.max_input_tokens)))
+  return _run_tasks(args, engine, policies, tasks)
+
+
+def _run_tasks(args: argparse.Namespace, engine: Any, policies: Sequence["_Policy"], tasks: Sequence[Any]) -> int:
+  """Every task under every policy, then the report; what is on disk already is not run again."""
+  from kvc_jax.evaluation.runner import run_task
+
   _warm_up_to_measure(args, engine)
   for policy in policies:
     for task in tasks:
@@ -485,8 +491,11 @@ def _policies(args: argparse.Namespace) -> list[_Policy]:
     else:
       compression = _compression(argparse.Namespace(
           **{**vars(args), **every, "scoring": scoring, "allocation": allocation}))
-      series = args.label or f"{scoring or 'window'}-{allocation or 'all'}"
-      series = UNCOMPRESSED if compression is None else series
+      series = UNCOMPRESSED
+      if compression is not None:
+        heads = compression.allocation
+        heads = heads if isinstance(heads, str) else type(heads).__name__
+        series = args.label or f"{scoring or 'window'}-{heads}"
       policy = _Policy(policy_name(series, budget), series, compression)
     if (other := policies.setdefault(policy.name, policy)) != policy:
       raise InputError(f"two policies would be called {other.name}; leave --label out, or run them one by one")

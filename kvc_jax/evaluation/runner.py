@@ -1,11 +1,14 @@
 """Runs a task's samples through an engine, one JSON line a sample; what is done already is not done again."""
 
 import dataclasses
+import hashlib
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import tqdm
 
 from kvc_jax.engine.engine import Engine
@@ -75,6 +78,9 @@ def described(value: Any) -> Any:
     return {"kind": type(value).__name__, **fields}
   if isinstance(value, (tuple, list)):
     return [described(item) for item in value]
+  if isinstance(value, (np.ndarray, jax.Array)):
+    array = np.asarray(value)
+    return {"shape": list(array.shape), "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
   return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 

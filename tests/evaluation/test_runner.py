@@ -4,11 +4,12 @@ import dataclasses
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
-from kvc_jax import LLM, Compression, Engine, InputError, SamplingParams
+from kvc_jax import LLM, Compression, Engine, FullAttention, InputError, SamplingParams
 from kvc_jax.evaluation.records import open_records, settings_path
-from kvc_jax.evaluation.runner import run_task
+from kvc_jax.evaluation.runner import described, run_task
 from kvc_jax.evaluation.task import Sample
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
@@ -123,6 +124,19 @@ def test_damage_within_a_file_is_an_error(engine, tmp_path):
   path.write_bytes(b"\n".join([*lines, json.dumps({"id": "other"}).encode()]) + b"\n")
   with pytest.raises(InputError, match="'other', which is no sample"):
     run_task(engine, Starts(), path, None, {})
+
+
+def test_descriptions_tell_compressions_apart():
+  @dataclasses.dataclass(frozen=True)
+  class Rule:
+    weights: np.ndarray
+
+  rules = [Rule(np.arange(5000.0)), Rule(np.arange(5000.0) + (np.arange(5000) == 2500)), Rule(np.zeros((2, 2)))]
+  every = [json.dumps(described(value)) for value in [
+      None, Compression(rate=2), Compression(rate=3), Compression(rate=2, keep=[(0, 1)]),
+      Compression(rate=2, scoring=FullAttention()), *rules]]
+  assert len(set(every)) == len(every)
+  assert described(Rule(np.arange(5000.0))) == described(rules[0])
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):
