@@ -1,10 +1,11 @@
-"""The `kvc` command: convert, generate, inspect, serve, demo."""
+"""The `kvc` command: convert, generate, inspect, eval, serve, demo."""
 
 import argparse
 import dataclasses
 import importlib.util
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from kvc_jax.errors import InputError
+from kvc_jax.errors import InputError, check_count
 from kvc_jax.eviction.names import ALLOCATIONS, SCORINGS
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
   _add_convert(commands)
   _add_generate(commands)
   _add_inspect(commands)
+  _add_eval(commands)
   _add_serve(commands)
   demo = commands.add_parser("demo", help="tell the shipped model's story at 1x, 2x, 4x and 8x")
   demo.add_argument("--heatmap", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
@@ -101,6 +103,58 @@ def _add_inspect(commands: Any) -> None:
   _add_run_options(inspect)
   inspect.add_argument("--out", "-o", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
   inspect.set_defaults(run=_inspect)
+
+
+def _add_eval(commands: Any) -> None:
+  evaluate = commands.add_parser("eval", help="measure quality, bytes held and speed under compression")
+  kinds = evaluate.add_subparsers(required=True, metavar="WHAT", parser_class=_Parser)
+  longbench = kinds.add_parser("longbench", help="LongBench and LongBench-E, by their own metrics")
+  _add_eval_options(longbench)
+  group = longbench.add_argument_group("questions")
+  group.add_argument("--data", required=True, help="folder with LongBench's SET.jsonl files")
+  group.add_argument("--set", nargs="+", default=[], metavar="NAME", help="sets to ask; all that are there by default")
+  group.add_argument("--longbench-e", action="store_true", help="LongBench-E (SET_e.jsonl), with scores by length")
+  group.add_argument("--limit", type=int, help="ask only so many questions of each set")
+  group.add_argument("--max-input-tokens", type=int,
+                     help="longer prompts are cut in the middle; by default what the context has room for")
+  group.add_argument("--max-new-tokens", type=int, help="of an answer; by default LongBench's own number for each set")
+  group.add_argument("--template", choices=("auto", "model", "llama2", "none"), default="auto",
+                     help="around prompts: the model's chat template, LongBench's [INST]...[/INST], or none; never "
+                     "around few-shot and code prompts (default: the model's, where it has one)")
+  longbench.set_defaults(run=_eval_longbench)
+  perplexity = kinds.add_parser("perplexity", help="perplexity of a text's tokens behind a compressed context")
+  _add_eval_options(perplexity)
+  group = perplexity.add_argument_group("text")
+  group.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, - for standard input")
+  group.add_argument("--context-tokens", type=int,
+                     help="prefilled and compressed in each window (default: what the targets leave, 4096 at most)")
+  group.add_argument("--target-tokens", type=int, default=128, help="predicted in each window (default: %(default)s)")
+  group.add_argument("--windows", type=int, default=32, help="most windows (default: %(default)s)")
+  perplexity.set_defaults(run=_eval_perplexity)
+  score = kinds.add_parser("score", help="score existing predictions by LongBench's metrics")
+  score.add_argument("predictions", metavar="DIR",
+                     help="folder with SET.jsonl files of pred, answers, all_classes and length")
+  score.add_argument("--longbench-e", action="store_true", help="scores by length as well")
+  score.add_argument("--json", action="store_true", help="print one JSON object, with the score of every sample")
+  score.set_defaults(run=_eval_score)
+  report = kinds.add_parser("report", help="table and plots of what kvc eval wrote so far")
+  report.add_argument("out", metavar="DIR", type=pathlib.Path, help="--out of a kvc eval command")
+  report.set_defaults(run=_eval_report)
+
+
+def _add_eval_options(parser: argparse.ArgumentParser) -> None:
+  """What every evaluation that runs a model takes."""
+  _add_model_options(parser)
+  _add_compression_options(parser, "compression, one run for each combination; a rate of 1 is without", several=True)
+  group = parser.add_argument_group("run")
+  group.add_argument("--out", type=pathlib.Path, default=pathlib.Path("kvc-eval"),
+                     help="folder for results; a run that was broken off goes on there (default: %(default)s)")
+  group.add_argument("--label", help="name of these policies in tables and plots, instead of scoring and allocation")
+  group.add_argument("--seed", type=int, help="of --scoring random")
+  group.add_argument("--warm-up", choices=("own", "none"), default="own",
+                     help="compile before the clock runs, or not (default: %(default)s)")
+  group.add_argument("--compilation-cache", help="folder where compiled steps are kept for the next start")
+  group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_serve(commands: Any) -> None:
@@ -183,15 +237,18 @@ def _range(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r} is no range; give START:END, such as 0:32") from None
 
 
-def _add_compression_options(parser: argparse.ArgumentParser, title: str = "compression") -> None:
+def _add_compression_options(
+    parser: argparse.ArgumentParser, title: str = "compression", *, several: bool = False) -> None:
+  """With `several`, budgets, allocations and scorings take any number of values."""
+  many: dict[str, Any] = {"nargs": "+"} if several else {}
   group = parser.add_argument_group(f"{title} (off without --rate or --max-cache-tokens)")
-  group.add_argument("--rate", type=float, help="keep one KV in RATE outside the window")
-  group.add_argument("--max-cache-tokens", type=int, help="keep this many tokens per head, on average")
+  group.add_argument("--rate", type=float, **many, help="keep one KV in RATE outside the window")
+  group.add_argument("--max-cache-tokens", type=int, **many, help="keep this many tokens per head, on average")
   group.add_argument("--window", type=int, help="newest tokens that always stay (default: 32)")
   group.add_argument("--sinks", type=int, help="first tokens that always stay (default: 0)")
   group.add_argument("--keep", action="append", type=_range, metavar="START:END",
                      help="token positions that are never evicted; may be repeated")
-  group.add_argument("--allocation", choices=ALLOCATIONS,
+  group.add_argument("--allocation", choices=ALLOCATIONS, **many,
                      help="heads that share a budget (default: all of a sequence)")
   group.add_argument("--interval", type=int,
                      help="decode steps between compressions; once after the prompt by default")
@@ -199,7 +256,7 @@ def _add_compression_options(parser: argparse.ArgumentParser, title: str = "comp
                      help="prompt tokens between compressions while the prompt is prefilled; by default once it is")
   group.add_argument("--on-demand", action="store_true", default=None,
                      help="compress again whenever memory is short; the text then depends on what else is served")
-  group.add_argument("--scoring", choices=SCORINGS, help="what a KV is worth (default: window)")
+  group.add_argument("--scoring", choices=SCORINGS, **many, help="what a KV is worth (default: window)")
   group.add_argument("--queries", type=int, help="prompt queries that --scoring window observes")
   group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention")
   group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries")
@@ -357,6 +414,160 @@ def _inspect(args: argparse.Namespace) -> int:
   for layer, kept in enumerate(output.receipt.kvs_kept):
     print(f"layer {layer:>3}: {' '.join(f'{n:>6}' for n in kept)}")
   print(f"wrote {args.out}")
+  return 0
+
+
+def _eval_longbench(args: argparse.Namespace) -> int:
+  from kvc_jax.evaluation import longbench
+
+  extended = args.longbench_e
+  names = longbench.check_names(args.set or longbench.sets_in(args.data, extended=extended), extended=extended)
+  rows = {name: longbench.read_rows(args.data, name, extended=extended) for name in names}
+  for option in ("limit", "max_new_tokens"):
+    if (given := getattr(args, option)) is not None:
+      check_count(_flag(option), given, at_least=1)
+  policies = _policies(args)  # all is checked before the model is loaded
+  engine = _load_to_measure(args, policies)
+  tasks = []
+  for name in names:
+    new = min(longbench.most_new_tokens(name), args.max_new_tokens or longbench.most_new_tokens(name))
+    tasks.append(longbench.LongBenchTask(
+        name, rows[name], extended=extended, most_new_tokens=new, template=args.template, limit=args.limit,
+        most_input_tokens=longbench.input_tokens(name, engine.max_model_len, new, args.max_input_tokens)))
+  return _run_tasks(args, engine, policies, tasks)
+
+
+def _run_tasks(args: argparse.Namespace, engine: Any, policies: Sequence["_Policy"], tasks: Sequence[Any]) -> int:
+  """Every task under every policy, then the report; what is on disk already is not run again."""
+  from kvc_jax.evaluation.runner import run_task
+
+  _warm_up_to_measure(args, engine)
+  for policy in policies:
+    for task in tasks:
+      run_task(engine, task, args.out / policy.name / f"{task.name}.jsonl", policy.compression,
+               _settings(engine, policy), progress=_shows_progress(args))
+  return _eval_report(args)
+
+
+def _eval_perplexity(args: argparse.Namespace) -> int:
+  from kvc_jax.evaluation.perplexity import run_perplexity, windows_of
+
+  text = _read(args.text, "a text, or - for standard input")
+  policies = _policies(args)
+  engine = _load_to_measure(args, policies)
+  context = args.context_tokens
+  if context is None:
+    context = min(engine.max_model_len - args.target_tokens, 4096)
+  windows = windows_of(
+      engine.tokenizer, text, context_tokens=context, target_tokens=args.target_tokens, most=args.windows)
+  _warm_up_to_measure(args, engine)
+  for policy in policies:
+    run_perplexity(engine, windows, args.out / policy.name / "perplexity.jsonl", policy.compression,
+                   _settings(engine, policy), progress=_shows_progress(args))
+  return _eval_report(args)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Policy:
+  """One run of an evaluation."""
+
+  name: str
+  series: str
+  compression: Any
+
+
+def _policies(args: argparse.Namespace) -> list[_Policy]:
+  """A policy for each combination of a budget, a scoring and an allocation; one without compression for a rate of 1."""
+  from kvc_jax.evaluation.summary import UNCOMPRESSED, policy_name
+
+  if args.label is not None and (not args.label.strip(".") or "/" in args.label or args.label == UNCOMPRESSED):
+    raise InputError(f"--label {args.label!r} is no name for a folder of its own; give letters and digits")
+  policies: dict[str, _Policy] = {}
+  for scoring, allocation, budget in itertools.product(
+      args.scoring or [None], args.allocation or [None], _budgets(args)):
+    every = {name: budget.get(name) for name in _BUDGET_OPTIONS}
+    if budget.get("rate") == 1:
+      policy = _Policy(UNCOMPRESSED, UNCOMPRESSED, None)
+    else:
+      compression = _compression(argparse.Namespace(
+          **{**vars(args), **every, "scoring": scoring, "allocation": allocation}))
+      series = UNCOMPRESSED
+      if compression is not None:
+        heads = compression.allocation
+        heads = heads if isinstance(heads, str) else type(heads).__name__
+        series = args.label or f"{scoring or 'window'}-{heads}"
+      policy = _Policy(policy_name(series, budget), series, compression)
+    if (other := policies.setdefault(policy.name, policy)) != policy:
+      raise InputError(f"two policies would be called {other.name}; leave --label out, or run them one by one")
+  return sorted(policies.values(), key=lambda policy: policy.compression is not None)
+
+
+def _budgets(args: argparse.Namespace) -> list[dict[str, Any]]:
+  """Each number that is given for a budget is one of its own."""
+  given = _given(args, _BUDGET_OPTIONS)
+  return [{name: value} for name, values in given.items()
+          for value in (values if isinstance(values, list) else [values])] or [{}]
+
+
+def _load_to_measure(args: argparse.Namespace, policies: Sequence[_Policy]) -> Any:
+  from kvc_jax.engine.engine import Engine
+
+  compressions = [policy.compression for policy in policies if policy.compression]
+  return Engine(
+      args.model, **_given(args, _MODEL_OPTIONS), compilation_cache_dir=args.compilation_cache, progress=not args.quiet,
+      rules=tuple(dict.fromkeys(compression.scoring for compression in compressions)),
+      allocations=tuple(dict.fromkeys(compression.allocation for compression in compressions)))
+
+
+def _warm_up_to_measure(args: argparse.Namespace, engine: Any) -> None:
+  """Compiles what will run, so that no compile is in the measured times."""
+  if args.warm_up != "none":
+    engine.warm_up(progress=_shows_progress(args))
+
+
+def _shows_progress(args: argparse.Namespace) -> bool:
+  return not args.quiet and sys.stderr.isatty()
+
+
+def _settings(engine: Any, policy: _Policy) -> dict[str, Any]:
+  """What an evaluation's results depend on, beside its questions and its compression."""
+  return {"series": policy.series, "model": engine.fingerprint, "max_model_len": engine.max_model_len,
+          "dtype": str(engine.config.query_dtype), "kv_cache_dtype": str(engine.config.dtype),
+          "block_size": engine.config.block_size}
+
+
+def _eval_report(args: argparse.Namespace) -> int:
+  from kvc_jax.evaluation import plots, summary
+
+  results = summary.read_results(args.out)
+  rows = summary.summarize(results)
+  print("\n".join(summary.table(rows)))
+  written = summary.write_tables(rows, args.out)
+  if plots.can_draw():
+    written += plots.save_all(rows, results, args.out)
+  else:
+    print("kvc: no plots, for matplotlib is missing; run: pip install 'kvc_jax[plot]', then: "
+          f"kvc eval report {args.out}", file=sys.stderr)
+  print("wrote", ", ".join(map(str, written)))
+  return 0
+
+
+def _eval_score(args: argparse.Namespace) -> int:
+  from kvc_jax.evaluation import longbench
+
+  found = longbench.score_folder(args.predictions, extended=args.longbench_e)
+  if args.json:
+    print(json.dumps({name: {**longbench.means(scores, buckets), "scores": scores}
+                      for name, (scores, buckets) in found.items()}))
+    return 0
+  print(f"{'set':<20} samples  score" + "".join(f"  {name:>6}" for name in longbench.BUCKETS if args.longbench_e))
+  for name, (scores, buckets) in found.items():
+    means = longbench.means(scores, buckets)
+    by_length = "".join(f"  {means.get(bucket, '-'):>6}" for bucket in longbench.BUCKETS if args.longbench_e)
+    print(f"{name:<20} {means['samples']:>7} {means['score']:>6.2f}{by_length}")
+  if len(found) > 1:
+    average = sum(longbench.means(*one)["score"] for one in found.values()) / len(found)
+    print(f"{'average':<20} {sum(len(scores) for scores, _ in found.values()):>7} {average:>6.2f}")
   return 0
 
 

@@ -127,6 +127,11 @@ class Tokenizer:
     return self._backend.decode(
         ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
+  @property
+  def has_chat_template(self) -> bool:
+    """Whether the folder brings a chat template."""
+    return bool(self._backend.chat_template)
+
   def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation, ready for the assistant's answer.
 
@@ -136,7 +141,7 @@ class Tokenizer:
     Raises:
       InputError: the folder has no chat template, or the template refuses the messages.
     """
-    if not self._backend.chat_template:
+    if not self.has_chat_template:
       raise InputError(
           "the model's folder has no chat template; give a plain prompt, or use an instruction-tuned model")
     if not messages:

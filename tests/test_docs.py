@@ -8,7 +8,7 @@ import pytest
 import kvc_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ["README.md", "docs/jit-api.md"]
+PAGES = ["README.md", "docs/jit-api.md", "docs/evaluation.md"]
 
 
 def _blocks(page):

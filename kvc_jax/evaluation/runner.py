@@ -1,0 +1,136 @@
+"""Runs a task's samples through an engine, one JSON line a sample; what is done already is not done again."""
+
+import dataclasses
+import hashlib
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from kvc_jax.engine.engine import Engine
+from kvc_jax.engine.request import CompressionReceipt, RequestOutput, SamplingParams
+from kvc_jax.errors import InputError
+from kvc_jax.evaluation.records import Record, open_records
+from kvc_jax.evaluation.task import Sample, Task
+from kvc_jax.eviction.compression import Compression
+
+
+def run_task(
+    engine: Engine,
+    task: Task,
+    path: pathlib.Path,
+    compression: Compression | None,
+    settings: Mapping[str, Any],
+    *,
+    progress: bool = False,
+) -> list[Record]:
+  """Answers every sample that `path` has no record of yet, greedily, and scores it.
+
+  A record has the sample's `id`, `group`, `answers` (its references) and extras; `pred`, the text;
+  `score`; prompt and output tokens; why the text ended; the receipt's numbers: blocks and bytes held at
+  the end and without compression, and `kvs_kept` [L][H]; and `seconds` from the record before to
+  this one while the engine ran: their sum is the time that the file took, breaks between runs left out.
+
+  Args:
+    engine: with nothing to do; made and warmed up by the caller, so that no compile is in the times.
+    task: what to ask.
+    path: .jsonl file to go on with, or to make.
+    compression: None holds every KV.
+    settings: of the model and engine, JSON values, on which results depend; the task's own
+      and the compression's are added.
+    progress: show a progress bar on stderr.
+
+  Returns:
+    All records of the file, earlier runs' as well, in the order of the task's samples.
+
+  Raises:
+    InputError: the file was made under other settings or is damaged, or a sample
+      does not fit the engine; what was done before stays on disk.
+  """
+  every = {**settings, "compression": described(compression), "task": task.name, **task.settings}
+  with open_records(path, every) as file:
+    done = {record.get("id") for record in file.records}
+    order: dict[str, int] = {}
+    todo = _counted(task.samples(engine.tokenizer), order, done)
+    with tqdm.tqdm(total=len(task), initial=len(done), disable=not progress, unit="sample", desc=task.name) as bar:
+      try:
+        for sample, output, seconds in _answers(engine, todo, compression):
+          file.append(_record(sample, output, task.score(output.text, sample), seconds))
+          bar.update()
+      except BaseException:
+        engine.reset()  # a step that was broken off may have donated the cache and not given it back
+        raise
+    unknown = [record.get("id") for record in file.records if record.get("id") not in order]
+    if unknown:
+      raise InputError(f"{path} has a record of {unknown[0]!r}, which is no sample of {task.name}; remove the file, "
+                       "or ask for as many samples as before")
+    return sorted(file.records, key=lambda record: order[record["id"]])
+
+
+def described(value: Any) -> Any:
+  """A compression, a rule or another dataclass as JSON values that tell it from all others."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = {field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"kind": type(value).__name__, **fields}
+  if isinstance(value, (tuple, list)):
+    return [described(item) for item in value]
+  if isinstance(value, (np.ndarray, jax.Array)):
+    array = np.asarray(value)
+    return {"shape": list(array.shape), "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
+  return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def _counted(samples: Iterator[Sample], order: dict[str, int], done: set[Any]) -> Iterator[Sample]:
+  """Notes every sample's place, and hands on those that are not done."""
+  for sample in samples:
+    if sample.id in order:
+      raise ValueError(f"two samples have the id {sample.id!r}")
+    order[sample.id] = len(order)
+    if sample.id not in done:
+      yield sample
+
+
+def _answers(
+    engine: Engine, samples: Iterator[Sample], compression: Compression | None
+) -> Iterator[tuple[Sample, RequestOutput, float]]:
+  """Keeps the engine's slots full without reading all prompts at once."""
+  asked: dict[int, Sample] = {}
+  last = time.perf_counter()
+  while True:
+    while len(asked) < 2 * engine.config.num_slots and (sample := next(samples, None)) is not None:
+      asked[_ask(engine, sample, compression)] = sample
+    if not engine.has_work:
+      return
+    for update in engine.step():
+      if update.output:
+        now = time.perf_counter()
+        yield asked.pop(update.request_id), update.output, now - last
+        last = now
+
+
+def _ask(engine: Engine, sample: Sample, compression: Compression | None) -> int:
+  params = SamplingParams(
+      temperature=0.0, max_tokens=sample.max_new_tokens, stop_token_ids=sample.stop_token_ids)
+  try:
+    return engine.add(sample.prompt, params, compression)
+  except InputError as e:
+    raise InputError(f"sample {sample.id}: {e}") from None
+
+
+def held(receipt: CompressionReceipt) -> Record:
+  """A receipt's part of a record."""
+  return {
+      "blocks_held": receipt.blocks_held, "blocks_uncompressed": receipt.blocks_uncompressed,
+      "bytes_held": receipt.bytes_held, "bytes_uncompressed": receipt.bytes_uncompressed,
+      "kvs_kept": receipt.kvs_kept.tolist()}
+
+
+def _record(sample: Sample, output: RequestOutput, score: float, seconds: float) -> Record:
+  return {
+      "id": sample.id, "group": sample.group, "score": score, "pred": output.text, "answers": list(sample.references),
+      **sample.extra, "prompt_tokens": len(output.prompt_token_ids), "output_tokens": len(output.token_ids),
+      "finish_reason": output.finish_reason, "seconds": round(seconds, 6), **held(output.receipt)}
