@@ -14,7 +14,9 @@ SHIPPED_TEXT = pathlib.Path(__file__).parents[1] / "assets" / "recall-text" / "a
 """Held out: no model of this project was trained on it."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'])\s+")
-_PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "_": None, "*": None})
+_PLAIN = str.maketrans({
+    "“": '"', "”": '"', "\N{LEFT SINGLE QUOTATION MARK}": "'", "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "—": "--", "_": None, "*": None})
 _WORDS = range(4, 61)
 
 

@@ -1,26 +1,28 @@
 """Words of the recall tasks. The model that comes with the project has one token for most of them."""
 
-ADJECTIVES = tuple("""
-amber ancient brave bright broken calm clever cold crimson curious dusty eager faint fierce gentle golden grand hollow
-humble idle ivory jolly keen lonely lucky mighty modest narrow noble pale patient plain proud quiet rapid restless royal
-rusty secret shallow silent silver simple sleepy solemn stubborn sturdy subtle swift tender timid velvet vivid weary wild
-wooden
-""".split())
+ADJECTIVES = (
+    "amber", "ancient", "brave", "bright", "broken", "calm", "clever", "cold", "crimson", "curious", "dusty", "eager",
+    "faint", "fierce", "gentle", "golden", "grand", "hollow", "humble", "idle", "ivory", "jolly", "keen", "lonely",
+    "lucky", "mighty", "modest", "narrow", "noble", "pale", "patient", "plain", "proud", "quiet", "rapid", "restless",
+    "royal", "rusty", "secret", "shallow", "silent", "silver", "simple", "sleepy", "solemn", "stubborn", "sturdy",
+    "subtle", "swift", "tender", "timid", "velvet", "vivid", "weary", "wild", "wooden")
 
-NOUNS = tuple("""
-anchor arrow avenue balcony basket beacon bottle bridge button cabin candle canyon captain carriage castle cellar chapel
-compass corner cottage cradle curtain dagger desert engine fountain garden gate harbour hammer island jewel kettle key
-ladder lantern letter lighthouse market meadow mill mirror mountain needle orchard palace parcel pillar pocket puzzle
-river saddle sailor school shadow shelter signal spindle station statue temple theatre thunder ticket tower trumpet
-tunnel valley vessel village violin wagon wharf whistle window wizard
-""".split())
+NOUNS = (
+    "anchor", "arrow", "avenue", "balcony", "basket", "beacon", "bottle", "bridge", "button", "cabin", "candle",
+    "canyon", "captain", "carriage", "castle", "cellar", "chapel", "compass", "corner", "cottage", "cradle",
+    "curtain", "dagger", "desert", "engine", "fountain", "garden", "gate", "harbour", "hammer", "island", "jewel",
+    "kettle", "key", "ladder", "lantern", "letter", "lighthouse", "market", "meadow", "mill", "mirror", "mountain",
+    "needle", "orchard", "palace", "parcel", "pillar", "pocket", "puzzle", "river", "saddle", "sailor", "school",
+    "shadow", "shelter", "signal", "spindle", "station", "statue", "temple", "theatre", "thunder", "ticket", "tower",
+    "trumpet", "tunnel", "valley", "vessel", "village", "violin", "wagon", "wharf", "whistle", "window", "wizard")
 
 NAMES = tuple(
     first + vowel + last
     for first, last in zip("BDFGJKLMPRSTVWXZ", "XKZVQMWBGDPJRLTK", strict=True) for vowel in "AEOU")
 """Of variables: capitals that no text has."""
 
-LABELS = tuple("alpha beta gamma delta sigma omega kappa lambda theta zeta epsilon upsilon".split())
+LABELS = (
+    "alpha", "beta", "gamma", "delta", "sigma", "omega", "kappa", "lambda", "theta", "zeta", "epsilon", "upsilon")
 
 CATEGORIES = tuple(tuple(line.split()) for line in """
 horse dog cat wolf bear lion tiger sheep goat cow pig fox rabbit monkey eagle owl

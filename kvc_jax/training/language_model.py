@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -22,15 +21,43 @@ Implementation = Literal["cudnn", "xla"]
 
 
 class Adam(NamedTuple):
-  """Where training stands."""
+  """Where training stands: parameters, running means of gradients and of their squares, and steps taken (i32 [])."""
 
   params: Params
-  moments: Any
+  mean: Params
+  square: Params
+  count: jax.Array
+
+  @classmethod
+  def start(cls, params: Params) -> "Adam":
+    """Before the first step."""
+    def zeros() -> Params:
+      return {name: jnp.zeros_like(value) for name, value in params.items()}
+
+    return cls(params, zeros(), zeros(), jnp.zeros((), jnp.int32))
+
+  def step(self, grads: Params, rate: jax.Array, *, clip: float) -> "tuple[Adam, jax.Array]":
+    """One step (Kingma and Ba 2015, beta 0.9 and 0.95) with gradients cut to a norm of `clip`; also their norm."""
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in grads.values()))
+    shrink = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9))
+    count = self.count + 1
+    mean_scale, square_scale = (1 / (1 - beta ** count.astype(jnp.float32)) for beta in _BETAS)
+    params, means, squares = {}, {}, {}
+    for name, grad in grads.items():
+      grad = grad * shrink
+      mean = means[name] = _BETAS[0] * self.mean[name] + (1 - _BETAS[0]) * grad
+      square = squares[name] = _BETAS[1] * self.square[name] + (1 - _BETAS[1]) * jnp.square(grad)
+      params[name] = self.params[name] - rate * mean * mean_scale / (jnp.sqrt(square * square_scale) + _EPSILON)
+    return Adam(params, means, squares, count), norm
+
+
+_BETAS = (0.9, 0.95)
+_EPSILON = 1e-8
 
 
 def init_params(config: LlamaConfig, seed: int) -> Params:
   """Random f32 parameters; what is added to the residual stream starts 1 / sqrt(2 L) as large."""
-  params = flat_params(Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(seed)))
+  params = jax.jit(lambda: flat_params(Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))))()
   shrink = (2 * config.num_layers) ** -0.5
   return {
       path: value * shrink if path.endswith(("o_proj.kernel", "down_proj.kernel")) else value
@@ -57,14 +84,6 @@ class Trainer:
   attention: Implementation
   clip: float = 1.0
   compute_dtype: Any = jnp.bfloat16
-
-  @property
-  def optimizer(self) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(self.clip), optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8))
-
-  def start(self, params: Params) -> Adam:
-    """Before the first step."""
-    return Adam(params, self.optimizer.init(params))
 
   def logits(self, params: Params, tokens: Int[Array, "batch length"]) -> Float[Array, "batch*length vocab"]:
     """Next-token logits, f32 [B * T, V]."""
@@ -107,9 +126,8 @@ class Trainer:
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Adam, tokens: jax.Array, codes: jax.Array, rate: jax.Array) -> tuple[Adam, dict[str, jax.Array]]:
       grads, figures = jax.grad(self.loss, has_aux=True)(state.params, tokens.astype(jnp.int32), codes)
-      updates, moments = self.optimizer.update(grads, state.moments)
-      params = jax.tree.map(lambda param, update: param - rate * update, state.params, updates)
-      return Adam(params, moments), {**figures, "gradient": optax.global_norm(grads)}
+      state, norm = state.step(grads, rate, clip=self.clip)
+      return state, {**figures, "gradient": norm}
 
     return step
 

@@ -6,24 +6,23 @@ import multiprocessing
 import pathlib
 import queue
 import random
-
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from kvc_jax.evaluation.recall_episodes import (
-    TASKS,
-    Draw,
-    Episode,
-    Parts,
-    Question,
-    labels,
-    lay_out,
-    needles,
-    passages,
-    value_lists,
-    variables,
+  TASKS,
+  Draw,
+  Episode,
+  Parts,
+  Question,
+  labels,
+  lay_out,
+  needles,
+  passages,
+  value_lists,
+  variables,
 )
 from kvc_jax.training.recall_corpus import BOS, EOS, Corpus
 
@@ -134,7 +133,8 @@ class Composer:
     codes = [TEXT] * len(tokens)
     for place, part in enumerate(question.answer):
       ids = self._part(part)
-      tokens, codes = [*tokens, *ids], [*codes, LOOKUP if place in question.lookups else ANSWER, *[ANSWER] * (len(ids) - 1)]
+      first = LOOKUP if place in question.lookups else ANSWER
+      tokens, codes = [*tokens, *ids], [*codes, first, *[ANSWER] * (len(ids) - 1)]
     return tokens, codes
 
   def _tokens(self, parts: Parts) -> list[int]:

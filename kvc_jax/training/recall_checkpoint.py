@@ -6,7 +6,7 @@ import pathlib
 import shutil
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from kvc_jax.checkpoint.hf_rules import rules_for
 from kvc_jax.config import LlamaConfig
 from kvc_jax.errors import InputError
-from kvc_jax.training.language_model import Adam, Params, Trainer
+from kvc_jax.training.language_model import Adam, Params
 from kvc_jax.training.recall_corpus import BOS, EOS, tokenizer_config
 
 _PARAMS = ("params-0.safetensors", "params-1.safetensors")
@@ -73,13 +73,14 @@ def save_state(folder: pathlib.Path, state: Adam, notes: dict[str, Any], *, mome
   for file, half in zip(_PARAMS, halves, strict=True):
     _save(staged / file, {name: np.asarray(state.params[name]) for name in half})
   if moments:
-    leaves = jax.tree.leaves(state.moments)
-    _save(staged / _MOMENTS, {f"{place:04d}": np.asarray(leaf) for place, leaf in enumerate(leaves)})
+    _save(staged / _MOMENTS, {
+        "count": np.asarray(state.count), **{f"mean.{name}": np.asarray(value) for name, value in state.mean.items()},
+        **{f"square.{name}": np.asarray(value) for name, value in state.square.items()}})
   _write_json(staged / _STATE, notes)
   _swap(staged, folder)
 
 
-def load_state(folder: pathlib.Path, trainer: Trainer) -> tuple[Adam, dict[str, Any]]:
+def load_state(folder: pathlib.Path) -> tuple[Adam, dict[str, Any]]:
   """What `save_state` wrote, and its notes.
 
   Raises:
@@ -91,18 +92,19 @@ def load_state(folder: pathlib.Path, trainer: Trainer) -> tuple[Adam, dict[str, 
     moments = load_file(folder / _MOMENTS) if (folder / _MOMENTS).is_file() else None
   except (OSError, SafetensorError, ValueError) as e:
     raise InputError(f"{folder} holds no state of a training ({e}); give a folder that train_recall.py wrote") from None
-  state = trainer.start({name: jax.numpy.asarray(value) for name, value in values.items()})
+  state = Adam.start({name: jnp.asarray(value) for name, value in values.items()})
   if moments is not None:
-    leaves, tree = jax.tree.flatten(state.moments)
-    loaded = [jax.numpy.asarray(moments[f"{place:04d}"]).reshape(leaf.shape) for place, leaf in enumerate(leaves)]
-    state = Adam(state.params, jax.tree.unflatten(tree, loaded))
+    mean, square = (
+        {name: jnp.asarray(moments[f"{kind}.{name}"]) for name in values} for kind in ("mean", "square"))
+    state = Adam(state.params, mean, square, jnp.asarray(moments["count"]))
   return state, notes
 
 
 def check_same_model(params: Params, fresh: Params, folder: pathlib.Path) -> None:
   """Raises InputError unless both have the same parameters."""
   if {name: value.shape for name, value in params.items()} != {name: value.shape for name, value in fresh.items()}:
-    raise InputError(f"{folder} holds the state of a model of another shape; give the settings that it was trained with")
+    raise InputError(
+        f"{folder} holds the state of a model of another shape; give the settings that it was trained with")
 
 
 def _save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:

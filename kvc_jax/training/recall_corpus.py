@@ -40,7 +40,8 @@ class Corpus:
     """
     try:
       with np.load(path) as arrays:
-        return cls(tokens=arrays["tokens"], lengths=SentenceLengths(arrays["lengths"].tolist(), arrays["plain"].tolist()))
+        lengths = SentenceLengths(arrays["lengths"].tolist(), arrays["plain"].tolist())
+        return cls(tokens=arrays["tokens"], lengths=lengths)
     except (OSError, ValueError, KeyError) as e:
       raise InputError(f"{path} cannot be read ({e}); make it with `train_recall.py prepare`") from None
 

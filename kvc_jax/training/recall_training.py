@@ -141,9 +141,9 @@ class _Run:
     self.makers = BatchMakers(config.data, "train", config.workers)
     self.step = self.fresh_from = self.tokens = 0
     self.easy = False
-    state = self.trainer.start(init_params(model, config.seed))
+    state = Adam.start(init_params(model, config.seed))
     if config.resume is not None:
-      loaded, notes = load_state(config.resume, self.trainer)
+      loaded, notes = load_state(config.resume)
       check_same_model(loaded.params, state.params, config.resume)
       state = loaded
       self.step, self.tokens, self.easy = notes["step"], notes["tokens"], notes["easy"]
