@@ -131,7 +131,7 @@ def prepare(
   for name, sentences in (("train", training), ("held_out", held_out)):
     arrays = tokenize(tokenizer, sentences)
     SentenceLengths(arrays["lengths"].tolist(), arrays["plain"].tolist())  # refuses too short a text
-    np.savez_compressed(folder / f"{name}.npz", **arrays)
+    np.savez_compressed(folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]
     numbers[f"{name}_sentences"], numbers[f"{name}_tokens"] = len(sentences), len(arrays["tokens"])
   (folder / "prepared.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
   return numbers
