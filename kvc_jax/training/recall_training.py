@@ -136,9 +136,6 @@ class _Run:
   def __init__(self, config: TrainingConfig, model: LlamaConfig, attention: Any):
     self.config, self.model = config, model
     self.trainer = Trainer(config=model, attention=attention)
-    config.out.mkdir(parents=True, exist_ok=True)
-    self._log_file = (config.out / "log.jsonl").open("a", encoding="utf-8")
-    self.makers = BatchMakers(config.data, "train", config.workers)
     self.step = self.fresh_from = self.tokens = 0
     self.easy = False
     state = Adam.start(init_params(model, config.seed))
@@ -149,6 +146,9 @@ class _Run:
       self.step, self.tokens, self.easy = notes["step"], notes["tokens"], notes["easy"]
       self.fresh_from = notes["fresh_from"] if (config.resume / "moments.safetensors").is_file() else self.step
     self.state: Adam = state
+    self.makers = BatchMakers(config.data, "train", config.workers)
+    config.out.mkdir(parents=True, exist_ok=True)
+    self._log_file = (config.out / "log.jsonl").open("a", encoding="utf-8")
     self.compiled: dict[tuple[str, int], Callable[..., Any]] = {}
     self.evaluation: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = {}
 
