@@ -59,9 +59,19 @@ class Llama(nnx.Module):
     Returns:
       Normed hidden states [T, E] and the final state.
     """
+    return self.run_layers(self.embed(tokens), positions, attend, state)
+
+  def run_layers(
+      self,
+      x: Float[Array, "tokens hidden"],
+      positions: Int[Array, " tokens"],
+      attend: Attend,
+      state: Any = None,
+  ) -> tuple[Float[Array, "tokens hidden"], Any]:
+    """The same from the tokens' embeddings [T, E] on."""
     frequencies = inverse_frequencies(self.config.rope, self.config.head_dim)
     run = _scan_layers if isinstance(self.layers, DecoderLayer) else _run_each_layer
-    x, state = run(self.layers, self.embed(tokens), positions, frequencies, attend, state)
+    x, state = run(self.layers, x, positions, frequencies, attend, state)
     return self.norm(x), state
 
   def logits(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
