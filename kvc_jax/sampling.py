@@ -49,7 +49,11 @@ def sample(logits: Float[Array, "seqs vocab"], params: SamplingArrays) -> Int[Ar
 
   def drawn() -> Array:
     scaled = logits / jnp.where(warm, params.temperature, 1.0)[:, None]
-    kept = _truncate(scaled, params)
+    truncates = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
+    # It sorts the vocabulary, which takes longer than the rest of the draw.
+    kept = lax.cond(
+        jnp.any(truncates & warm), lambda: jnp.where(truncates[:, None], _truncate(scaled, params), scaled),
+        lambda: scaled)
     keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(params.seed, params.step)
     tokens = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
     return jnp.where(warm, tokens, greedy)

@@ -58,7 +58,7 @@ from kvc_jax.tokenizer import Tokenizer
 
 _INTERVAL = 64
 _SLOTS = (8, 32, 128, 256)
-_PLAN_AHEAD = 0.5
+_PLAN_AHEAD = 1.0  # all outputs have their full length
 _SAMPLED = 1 / 8
 _FEWEST_STEADY = 8
 _TOKENIZER = common.ROOT / "assets" / "stories260K"
@@ -241,6 +241,7 @@ class Point:
     start = time.perf_counter()
     engine.warm_up(kinds=[self.compression])
     warm_up = time.perf_counter() - start
+    print(f"input {self.length}, rate {self.rate or 'off'}: compiled in {warm_up:.0f} s", file=sys.stderr, flush=True)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, self.model.config.vocab_size, self.length).tolist() for _ in range(args.prompts)]
     served = _Served(engine, self.compression, args, self.arrivals)

@@ -54,6 +54,17 @@ def test_seeds_and_steps_draw_differently():
   assert (_draw(seed=1) != _draw(seed=2)).any()
 
 
+def test_a_row_that_truncates_nothing_draws_the_same_beside_one_that_does():
+  logits = jnp.concatenate([jnp.full(2000, 8.0), jnp.full(2000, -9.5)])
+  rows = SamplingArrays(
+      temperature=jnp.ones(2), top_k=jnp.array([0, 5]), top_p=jnp.ones(2), min_p=jnp.zeros(2),
+      seed=jnp.array([1, 2], jnp.uint32), step=jnp.array([0, 0]))
+  beside = _sample(jnp.stack([jnp.full(4000, -1.0), logits]), rows)
+  alone = _sample(jnp.full((1, 4000), -1.0), jax.tree.map(lambda x: x[:1], rows))
+  assert beside[0] == alone[0]
+  assert beside[1] < 5
+
+
 def test_rows_do_not_depend_on_their_neighbours():
   """A greedy row beside drawn ones, and the same row in another place."""
   logits = jnp.stack([LOGITS, LOGITS[::-1], LOGITS])

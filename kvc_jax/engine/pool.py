@@ -98,4 +98,8 @@ def _free_memory() -> int:
   stats = jax.devices()[0].memory_stats() or {}
   if "bytes_limit" not in stats:
     return _CPU_POOL_BYTES
-  return int(_DEVICE_MEMORY_SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+  limit = stats["bytes_limit"]
+  free = limit - stats.get("bytes_in_use", 0)
+  if "pool_bytes" in stats:  # what the allocator holds of the device. The cache is one array: it wants one gap
+    free = min(free, max(limit - stats["pool_bytes"], stats.get("largest_free_block_bytes", 0)))
+  return int(_DEVICE_MEMORY_SHARE * free)
