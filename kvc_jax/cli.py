@@ -200,17 +200,22 @@ def _add_compression_options(parser: argparse.ArgumentParser, title: str = "comp
   group.add_argument("--on-demand", action="store_true", default=None,
                      help="compress again whenever memory is short; the text then depends on what else is served")
   group.add_argument("--scoring", choices=SCORINGS, help="what a KV is worth (default: window)")
-  group.add_argument("--queries", type=int, help="prompt queries that --scoring window observes")
-  group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention")
-  group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries")
-  group.add_argument("--pooling", type=int, help="width of the max-pool of --scoring window; 1 is none")
+  group.add_argument("--queries", type=int, help="prompt queries that window, snapkv and critical observe")
+  group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention (window, full)")
+  group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries (window, full, h2o)")
+  group.add_argument("--pooling", type=int, help="width of the pool along keys (window, snapkv, critical); 1 is none")
+  group.add_argument("--pool", choices=("max", "mean"), help="what --scoring snapkv takes of neighbours (default: max)")
   group.add_argument("--buffer", type=int, help="newest tokens that a query does not count for")
   group.add_argument("--decode-every", type=int, help="observe one decode query in so many (default: 2)")
+  group.add_argument("--future", type=int, help="positions to come that --scoring expected averages over")
+  group.add_argument("--epsilon", type=float, help="added to the attention before values count (expected, critical)")
+  group.add_argument("--first-share", type=float, help="of the budget that --scoring critical gives to attention alone")
 
 
 _BUDGET_OPTIONS = ("rate", "max_cache_tokens")
 _COMPRESSION_OPTIONS = ("window", "sinks", "keep", "allocation", "interval", "prefill_interval", "on_demand")
-_SCORING_OPTIONS = ("queries", "power", "reduction", "pooling", "buffer", "decode_every")
+_SCORING_OPTIONS = (
+    "queries", "power", "reduction", "pooling", "pool", "buffer", "decode_every", "future", "epsilon", "first_share")
 _MODEL_OPTIONS = ("dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "block_size", "chunk_size", "num_blocks",
                   "kv_cache_memory_bytes")
 

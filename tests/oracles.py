@@ -169,6 +169,112 @@ def mean_normalised(scores, key_positions, num_tokens, first_query, buffer) -> n
   return out
 
 
+def snapkv_scores(q, k, *, queries, pooling, pool, scale) -> np.ndarray:
+  """SnapKV scores [H, T] of a prompt's KVs; q [T, H*G, D], k [T, H, D].
+
+  Rule: mean attention of the last `queries` queries on each key before them; pool along those
+  keys alone ("max", or "mean" with zeros beyond the ends and always divided by the width);
+  sum over the G query heads. A key of the window itself: mean over those of the queries that see it.
+  """
+  num_tokens, query_heads, _ = np.shape(q)
+  first = num_tokens - queries
+  weights = probabilities(np.asarray(q)[first:], k, np.arange(first, num_tokens), np.arange(num_tokens), scale)
+  out = np.zeros((query_heads, num_tokens))
+  half = pooling // 2
+  for head in range(query_heads):
+    mean = weights[head, :, :first].mean(axis=0)
+    for i in range(first):
+      near = mean[max(0, i - half):i + half + 1]
+      out[head, i] = near.max() if pool == "max" else near.sum() / pooling
+    for i in range(first, num_tokens):
+      out[head, i] = weights[head, i - first:, i].mean()
+  return _sum_over_group(out, np.shape(k)[1])
+
+
+def tova_scores(q, ks: Sequence, key_positions: Sequence, scale) -> list[np.ndarray]:
+  """TOVA scores, a list over H of [n_h], by one query q [H*G, D] over KVs that may differ per head.
+
+  Rule: the newest token's attention to a token, averaged over all query heads of the layer; a
+  head that does not hold the token pays it none.
+  """
+  q = np.asarray(q, np.float64)
+  total: dict[int, float] = {}
+  for query_head, head in enumerate(_head_of_query_head(len(q), len(ks))):
+    weights = _softmax(scale * (np.asarray(ks[head], np.float64) @ q[query_head]))
+    for position, weight in zip(key_positions[head], weights, strict=True):
+      total[int(position)] = total.get(int(position), 0) + weight / len(q)
+  return [np.array([total[int(position)] for position in positions]) for positions in key_positions]
+
+
+def keydiff_scores(k) -> np.ndarray:
+  """KeyDiff scores [n] of one head's keys [n, D].
+
+  Rule: minus the cosine between a key and the mean of the keys, each of which is scaled to length 1.
+  """
+  k = np.asarray(k, np.float64)
+  mean = np.mean([key / np.linalg.norm(key) for key in k], axis=0)
+  return np.array([-(key @ mean) / (np.linalg.norm(key) * np.linalg.norm(mean)) for key in k])
+
+
+def rotation(position, frequencies) -> np.ndarray:
+  """RoPE as a matrix [D, D]: pair (i, i + D/2) is turned by position * frequencies[i]."""
+  half = len(frequencies)
+  out = np.zeros((2 * half, 2 * half))
+  for i, frequency in enumerate(frequencies):
+    cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+    out[i, i], out[i, i + half], out[i + half, i], out[i + half, i + half] = cos, -sin, sin, cos
+  return out
+
+
+def expected_scores(plain_q, k, v, frequencies, *, future, sinks, covariance, value_norm, epsilon) -> np.ndarray:
+  """Expected Attention scores [H, T]; plain_q [T, H*G, D] before RoPE, k [T, H, D] after it, v [T, H, D].
+
+  Rule: mean m and covariance S of the queries from position `sinks` on; R the mean of RoPE's
+  matrices at positions T .. T + future - 1; m' = R m, S' = R S R^T; weight of a key
+  exp(k.m' / sqrt(D) + k.S'k / (2 D)), normalised over the keys from `sinks` on; mean over
+  the group; (that + epsilon) times the value's L2 norm. Sinks get 0 here.
+  """
+  plain_q, k, v = (np.asarray(x, np.float64) for x in (plain_q, k, v))
+  num_tokens, query_heads, dim = plain_q.shape
+  kv_heads = k.shape[1]
+  turn = np.mean([rotation(num_tokens + i, frequencies) for i in range(future)], axis=0)
+  out = np.zeros((kv_heads, num_tokens))
+  for query_head, head in enumerate(_head_of_query_head(query_heads, kv_heads)):
+    rows = plain_q[sinks:, query_head]
+    mean = turn @ rows.mean(axis=0)
+    spread = turn @ np.cov(rows.T, bias=True) @ turn.T
+    logits = np.array([
+        key @ mean / math.sqrt(dim) + (key @ spread @ key / (2 * dim) if covariance else 0) for key in k[sinks:, head]])
+    out[head, sinks:] += _softmax(logits) / (query_heads // kv_heads)
+  if value_norm:
+    out = (out + epsilon) * np.linalg.norm(v, axis=-1).T
+  out[:, :sinks] = 0
+  return out
+
+
+def critical_weights(v, output) -> np.ndarray:
+  """[H, T] L1 norms of values v [T, H, D] behind output [H*G, D, E], averaged over the group."""
+  v, output = np.asarray(v, np.float64), np.asarray(output, np.float64)
+  norms = np.stack([
+      np.abs(v[:, head] @ output[query_head]).sum(axis=-1)
+      for query_head, head in enumerate(_head_of_query_head(len(output), v.shape[1]))])
+  return _sum_over_group(norms, v.shape[1]) / (len(output) // v.shape[1])
+
+
+def critical_choice(attention, weights, *, budget, first_share, epsilon, protected) -> set[int]:
+  """CriticalKV's choice for one head: the `budget` positions that stay.
+
+  Rule: protected positions stay; then the best by attention alone, until floor(first_share * budget)
+  stay; then the best by (attention + epsilon) * weight, until `budget` do.
+  """
+  stays = set(protected)
+  for score, most in ((attention, int(first_share * budget)), ((attention + epsilon) * weights, budget)):
+    for position in sorted(range(len(attention)), key=lambda p: (-score[p], -p)):
+      if len(stays) < most:
+        stays.add(position)
+  return stays
+
+
 # --- Budget and eviction ---------------------------------------------------------------------
 
 

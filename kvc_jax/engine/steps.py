@@ -18,7 +18,7 @@ from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.step import Allocation, Eviction
 from kvc_jax.eviction.step import evict as evict_step
 from kvc_jax.model.flat import FlatModel
-from kvc_jax.model.llama import Llama
+from kvc_jax.model.llama import Llama, output_projections
 from kvc_jax.sampling import Logprobs, SamplingArrays, logprobs_of, most_ranks, sample
 
 DECODE_OPTIONS = {
@@ -266,10 +266,12 @@ def evict(
     *,
     rule: ScoringRule,
     allocation: Allocation,
+    model: Llama | FlatModel | None = None,
 ) -> tuple[CacheState, Eviction]:
-  """`kvc_jax.eviction.step.evict`, jitted and donated."""
+  """`kvc_jax.eviction.step.evict`, jitted and donated; `model` for rules that need the output projection."""
+  output = None if model is None else output_projections(_whole(model))
   return evict_step(
-      state, slots, cache_tokens, window, sinks, first_query, keep, rule=rule, allocation=allocation)
+      state, slots, cache_tokens, window, sinks, first_query, keep, rule=rule, allocation=allocation, output=output)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -73,6 +73,9 @@ class Compression:
       check_count("Compression: interval", self.interval, at_least=1, hint=" decode steps, or None for once")
     if self.prefill_interval is not None:
       check_count("Compression: prefill_interval", self.prefill_interval, at_least=1, hint=" tokens, or None")
+    if self.scoring.observed == "moments" and self.scores_decode:
+      raise InputError(
+          f"Compression: {type(self.scoring).__name__} scores prompts alone; leave interval and on_demand out")
     if not isinstance(self.on_demand, bool):
       raise InputError(f"Compression: on_demand is {self.on_demand!r}; give True or False")
 

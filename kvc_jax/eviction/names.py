@@ -2,7 +2,8 @@
 
 from typing import Literal, get_args
 
-SCORINGS = ("window", "full", "random")
+SCORINGS = (
+    "window", "full", "random", "snapkv", "h2o", "tova", "streaming", "key-norm", "keydiff", "expected", "critical")
 
 Allocation = Literal["all", "layer", "head"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)

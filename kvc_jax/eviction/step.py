@@ -9,8 +9,9 @@ from jaxtyping import Array, Int
 from kvc_jax.cache.alloc import blocks_held, ignore_outside, push_blocks
 from kvc_jax.cache.state import NULL_BLOCK, CacheState
 from kvc_jax.eviction.compact import compact
+from kvc_jax.eviction.look import OutputWeights, look_at
 from kvc_jax.eviction.names import ALLOCATIONS, Allocation
-from kvc_jax.eviction.score import HeldKVs, ScoringRule
+from kvc_jax.eviction.score import HeldKVs, LookingRule, ScoringRule
 from kvc_jax.eviction.select import keys_of, select
 
 
@@ -40,6 +41,8 @@ def evict(
     rule: ScoringRule,
     allocation: Allocation = "all",
     max_tokens: int | None = None,
+    scale: float | None = None,
+    output: OutputWeights | None = None,
 ) -> tuple[CacheState, Eviction]:
   """Shrinks sequences to their budgets; their freed blocks are free at once.
 
@@ -62,6 +65,10 @@ def evict(
     allocation: static.
     max_tokens: a bound of the lengths, where one below M * P is known (static);
       time and memory grow with it.
+    scale: the softmax's factor on q k^T, for rules that look at the last decode query;
+      D ** -0.5 by default (static).
+    output: the output projections [L, H*G, D, E], or one [H*G, D, E] for each layer, for rules
+      that weigh values by them (`needs_output`).
 
   Returns:
     The new state and what was done. A budget that protected tokens do not fit in
@@ -77,7 +84,14 @@ def evict(
   lengths = state.lengths.at[:, slots].get(mode="fill", fill_value=0).swapaxes(0, 1)  # [B, L, H]
   num_tokens = state.num_tokens.at[slots].get(mode="fill", fill_value=0)
   first_query = jnp.zeros_like(slots) if first_query is None else first_query
-  keys = _keys(state, tables, lengths, num_tokens, window, sinks, first_query, keep, rule)
+  evictable = _evictable(state, tables, lengths, num_tokens, window, sinks, keep)
+  looked = None
+  if isinstance(rule, LookingRule):
+    looked = look_at(
+        state, rule, slots, tables, lengths, num_tokens, output=output,
+        scale=state.kv.shape[-1] ** -0.5 if scale is None else scale)
+  kvs = _held_kvs(state, tables, lengths, num_tokens, first_query, evictable, cache_tokens, looked)
+  keys = keys_of(rule.value(kvs), evictable).reshape(-1, evictable.shape[-1])
   excess = _excess(lengths, cache_tokens, state.block_size, allocation)
 
   rows, held = tables.reshape(-1, columns), lengths.reshape(-1)  # [R, M] and [R], R = B * L * H
@@ -88,17 +102,25 @@ def evict(
   return _shorten(state, slots, tables, kept.reshape(lengths.shape), freed.reshape(lengths.shape))
 
 
-def _keys(state, tables, lengths, num_tokens, window, sinks, first_query, keep, rule):
-  """Order of worth, u32 [R, M*P], for `select`."""
+def _evictable(state, tables, lengths, num_tokens, window, sinks, keep):
+  """Held and not protected, bool [B, L, H, M*P]."""
   shape = (*lengths.shape, tables.shape[-1] * state.block_size)
-  scores, positions = state.scores[tables].reshape(shape), state.positions[tables].reshape(shape)
+  positions = state.positions[tables].reshape(shape)
   evictable = jnp.arange(shape[-1], dtype=jnp.int32) < lengths[..., None]
   evictable &= positions < (num_tokens - window)[:, None, None, None]
   evictable &= positions >= sinks[:, None, None, None]
   for first, stop in () if keep is None else jnp.moveaxis(keep, 0, -1)[..., None, None, None]:
     evictable &= (positions < first) | (positions >= stop)
-  values = rule.value(HeldKVs(scores, positions, num_tokens, first_query))
-  return keys_of(values, evictable).reshape(-1, shape[-1])
+  return evictable
+
+
+def _held_kvs(state, tables, lengths, num_tokens, first_query, evictable, cache_tokens, looked):
+  shape = evictable.shape
+  return HeldKVs(
+      scores=state.scores[tables].reshape(shape), positions=state.positions[tables].reshape(shape),
+      num_tokens=num_tokens, first_query=first_query,
+      held=jnp.arange(shape[-1], dtype=jnp.int32) < lengths[..., None], evictable=evictable,
+      cache_tokens=cache_tokens, looked=looked)
 
 
 def _excess(lengths, cache_tokens, block_size, allocation):

@@ -247,7 +247,7 @@ FIELDS: dict[str, Field] = {
     "protected_window_size": Field(_whole(1, LARGEST_COUNT), "the reference's name of `window`"),
     "sinks": Field(_whole(0, LARGEST_COUNT), "first tokens that always stay; 0 by default"),
     "keep": Field(_ranges, "[[start, end], ...] token positions that always stay"),
-    "scoring": Field(_one_of(*SCORINGS), "what a KV is worth: window (default), full or random"),
+    "scoring": Field(_one_of(*SCORINGS), f"what a KV is worth: {', '.join(SCORINGS)}; window by default"),
     "allocation": Field(_one_of(*ALLOCATIONS), "heads that share a budget: all (default), layer or head"),
     "interval": Field(_whole(1, LARGEST_COUNT), "decode steps between compressions; once by default"),
     "compress_once": Field(_flag, "the reference's field: false is an interval of one block's tokens"),
@@ -376,7 +376,7 @@ def _compression(given: Mapping[str, Any], defaults: Defaults) -> Compression | 
 def named_rule(name: str, own: Compression | None) -> ScoringRule:
   """The rule that a request names: the server's own numbers or the default ones, as others would compile anew."""
   rule = RULES[name]
-  return own.scoring if own is not None and isinstance(own.scoring, rule) else rule()
+  return own.scoring if own is not None and type(own.scoring) is rule else rule()
 
 
 def _take_reference_names(options: dict[str, Any], defaults: Defaults) -> None:
