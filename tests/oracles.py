@@ -367,7 +367,8 @@ def _choose_blocks(costs: list[list[float]], excess: int) -> list[int]:
 
 
 def evict(
-    heads: Sequence[Sequence[Held]], *, num_tokens, window, sinks, block_size, allowed, allocation, keep=(),
+    heads: Sequence[Sequence[Held]], *, num_tokens, window, sinks, block_size, allowed, allocation, keep=(), least=0,
+    mass=None, head_blocks=None,
 ) -> tuple[list[list[Held]], list[list[int]]]:
   """One compression of one sequence.
 
@@ -385,6 +386,10 @@ def evict(
     allowed: C tokens; ceil(C / P) blocks per head may stay.
     allocation: "all", "layer" or "head": over what the blocks are pooled.
     keep: (start, end) of positions that are protected as well.
+    least: tokens that every head keeps at least: no head goes below ceil(least / P) blocks.
+    mass: with it E grows, one block at a time, as long as the scores evicted from the group sum to no more
+      than (1 - mass) of those it held.
+    head_blocks: [L][H] blocks that each head may keep, in place of `allowed`; for allocation "head".
 
   Returns:
     kept [L][H], lists of (position, score) by position; freed blocks [L][H].
@@ -395,8 +400,17 @@ def evict(
   freed = [[0] * kv_heads for _ in range(num_layers)]
   for group in _groups(num_layers, kv_heads, allocation):
     held_blocks = sum(math.ceil(len(heads[i][h]) / block_size) for i, h in group)
-    excess = max(0, held_blocks - allowed_blocks(allowed, block_size=block_size, num_heads=len(group)))
-    costs = [_block_costs(heads[i][h], evictable[i][h], block_size) for i, h in group]
+    may_stay = allowed_blocks(allowed, block_size=block_size, num_heads=len(group))
+    if head_blocks is not None:
+      ((i, h),) = group
+      may_stay = head_blocks[i][h]
+    excess = max(0, held_blocks - may_stay)
+    costs = [
+        _block_costs(heads[i][h], evictable[i][h], block_size)[
+            :max(0, math.ceil(len(heads[i][h]) / block_size) - math.ceil(least / block_size))]
+        for i, h in group]
+    if mass is not None:
+      excess = max(excess, _blocks_by_mass(group, heads, evictable, costs, mass, block_size))
     for (i, h), blocks in zip(group, _choose_blocks(costs, excess), strict=True):
       freed[i][h] = blocks
   kept = [[[] for _ in range(kv_heads)] for _ in range(num_layers)]
@@ -406,6 +420,54 @@ def evict(
       gone = {position for position, _ in evictable[i][h][:needed]}
       kept[i][h] = sorted(kv for kv in heads[i][h] if kv[0] not in gone)
   return kept, freed
+
+
+def _blocks_by_mass(group, heads, evictable, costs, mass, block_size) -> int:
+  """Most blocks whose evictions sum to no more than (1 - mass) of the scores that the group holds."""
+  allowed = (1 - mass) * sum(score for i, h in group for _, score in heads[i][h])
+  most = 0
+  for blocks in range(1, sum(map(len, costs)) + 1):
+    gone = 0.0
+    for (i, h), freed in zip(group, _choose_blocks(costs, blocks), strict=True):
+      needed = _evictions_needed(len(heads[i][h]), freed, block_size)
+      gone += sum(score for _, score in evictable[i][h][:needed])
+    if gone <= allowed:
+      most = blocks
+  return most
+
+
+def pyramid(mean, most, layers, beta=20) -> list[float]:
+  """PyramidKV's budgets beyond what is protected, one per layer, before rounding.
+
+  Rule: they fall evenly from 2 mean - mean / beta in the first layer to mean / beta in the
+  last; if the first is more than `most`, it is `most`, and the last 2 mean - most.
+  """
+  last = mean / beta
+  first = 2 * mean - last
+  if first > most:
+    first, last = most, 2 * mean - most
+  if layers == 1:
+    return [mean]
+  return [first - layer * (first - last) / (layers - 1) for layer in range(layers)]
+
+
+def weighted_blocks(mean, most, weights) -> np.ndarray:
+  """Whole blocks [L, H] in proportion to weights [L, H], `mean` on the average and none above `most`.
+
+  Rule: give all in proportion; heads that would get more than `most` get that, and the rest is
+  given to the others again, until none does. Rounded where the running sum, head after head, passes a half.
+  """
+  flat = np.asarray(weights, np.float64).ravel()
+  shares, full = np.zeros(flat.size), np.zeros(flat.size, bool)
+  while not full.all():
+    left = mean * flat.size - full.sum() * most
+    shares = np.where(full, most, left * flat / flat[~full].sum())
+    if not (shares[~full] > most).any():
+      break
+    full |= shares > most
+  marks = np.floor(np.cumsum([0, *np.minimum(shares, most)]) + 0.5 + 1e-5)
+  marks[-1] = min(mean, most) * flat.size
+  return np.diff(marks).astype(int).reshape(np.shape(weights))
 
 
 # --- The cache -------------------------------------------------------------------------------

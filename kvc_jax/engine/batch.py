@@ -156,7 +156,8 @@ class Batch:
     return SamplingArrays(*columns)
 
   def compress(self, sequences: list[Sequence]) -> list[Evicted]:
-    """Evicts each sequence down to its own budget; all share one rule and allocation.
+    """Evicts each sequence down to its own budget; all share one rule and allocation, and all or
+    none have a `mass`.
 
     While its prompt is prefilled, that is the budget that the whole prompt will have.
     """
@@ -167,21 +168,25 @@ class Batch:
 
   def _compress_rows(self, sequences: list[Sequence]) -> Evicted:
     first = _compression(sequences[0])
-    rows = np.zeros((5, self._evict_rows), np.int32)
+    rows = np.zeros((6, self._evict_rows), np.int32)
+    mass = None if first.mass is None else np.ones(self._evict_rows, np.float32)
     rows[0] = self.config.num_slots  # rows without a sequence are ignored
     keep = np.zeros((self._evict_rows, MOST_KEPT_RANGES, 2), np.int32)
     for i, sequence in enumerate(sequences):
       compression = _compression(sequence)
+      tokens = len(sequence.prompt) + sequence.steps
       rows[:, i] = (
-          sequence.slot, compression.cache_tokens(len(sequence.prompt) + sequence.steps), compression.window,
-          compression.sinks, first_observed(compression.scoring, sequence.prefilled))
+          sequence.slot, compression.cache_tokens(tokens), compression.window,
+          compression.sinks, first_observed(compression.scoring, sequence.prefilled), compression.least_tokens(tokens))
+      if mass is not None:
+        mass[i] = compression.mass
       for j, pair in enumerate(compression.keep):
         keep[i, j] = pair
       sequence.compressions += 1
       sequence.compressed_at = sequence.tokens_seen
     model = self._flat if getattr(first.scoring, "needs_output", False) else None
     self.state, eviction = steps.evict(
-        self.state, *rows, keep, rule=first.scoring, allocation=first.allocation, model=model)
+        self.state, *rows[:5], keep, rows[5], mass, rule=first.scoring, allocation=first.allocation, model=model)
     return sequences, eviction.freed_blocks
 
   def usage(self) -> tuple[jax.Array, jax.Array]:

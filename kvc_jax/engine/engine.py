@@ -30,9 +30,10 @@ from kvc_jax.engine.sequence import Sequence
 from kvc_jax.engine.steps import Decoded
 from kvc_jax.errors import InputError, QueueFull, check_count
 from kvc_jax.eviction.compression import Compression
+from kvc_jax.eviction.profile import HeadProfile
 from kvc_jax.eviction.score import ScoringRule, check_rule
 from kvc_jax.eviction.score_window import WindowAttention
-from kvc_jax.eviction.step import Allocation
+from kvc_jax.eviction.shares import Allocation
 from kvc_jax.kernels import backends
 from kvc_jax.model.fingerprint import fingerprint
 from kvc_jax.model.layers import DecoderLayer
@@ -160,7 +161,7 @@ class Engine:
     self._ids, self._orders = itertools.count(), itertools.count()
     self._max_waiting, self._chunks_per_step, self._swap_bytes = max_waiting, chunks_per_step, swap_bytes
     self._kinds = list(itertools.product(rules, allocations))
-    self._compiled: set[tuple[ScoringRule, Allocation]] | None = None  # until warm_up
+    self._compiled: set[tuple[ScoringRule, Allocation, bool]] | None = None  # until warm_up
     self._counts: collections.Counter[str] = collections.Counter()
     self._prefix_interval = prefix_interval
     self._start_empty()
@@ -217,6 +218,15 @@ class Engine:
   def check_fits(self, name: str, prompt_tokens: int, compression: Compression | None) -> None:
     """Raises InputError where the pool is too small for a request even when nothing else runs."""
     footprint.prefill_interval(self.config, name, prompt_tokens, compression)
+    self._check_profile(compression)
+
+  def _check_profile(self, compression: Compression | None) -> None:
+    """Raises InputError where a request's head profile is for a model of another shape."""
+    if compression is None:
+      return
+    for profile in (compression.allocation, getattr(compression.scoring, "profile", None)):
+      if isinstance(profile, HeadProfile):
+        profile.check_fits(self.config.num_layers, self.config.num_kv_heads)
 
   def add(
       self, prompt: str | list[int], params: SamplingParams | None = None, compression: Compression | None = None,
@@ -242,6 +252,7 @@ class Engine:
     _check_types(params, compression)
     ids = self.encode(prompt)
     interval = footprint.prefill_interval(self.config, "the prompt", len(ids), compression)
+    self._check_profile(compression)
     self._check_queue(params.n)
     self._notice(compression)
     if params.seed is None:  # another one for every request that this engine ever serves
@@ -259,10 +270,11 @@ class Engine:
     """Says in a line that a request of a kind that `warm_up` does not know will make the engine compile."""
     if compression is None or self._compiled is None:
       return
-    kind = compression.scoring, compression.allocation
+    kind = compression.scoring, compression.allocation, compression.mass is not None
     if kind not in self._compiled:
       self._compiled.add(kind)
-      _log.warning("steps for %r with allocation %r compile while serving; give them to Engine for warm_up", *kind)
+      _log.warning("steps for %r with allocation %r%s compile while serving; give them to Engine for warm_up",
+                   *kind[:2], " and mass" * kind[2])
 
   def _sequence(
       self, request_id: int, ids: list[int], params: SamplingParams, compression: Compression | None, *, sample: int,
@@ -531,7 +543,8 @@ class Engine:
     groups = collections.defaultdict(list)
     for sequence in sequences:
       assert sequence.compression is not None
-      groups[sequence.compression.scoring, sequence.compression.allocation].append(sequence)
+      compression = sequence.compression
+      groups[compression.scoring, compression.allocation, compression.mass is None].append(sequence)
     for group in groups.values():
       self._in_flight.evicted += self.batch.compress(group)
 
@@ -743,13 +756,14 @@ class Engine:
     counts = self._counts.copy()
     kinds: list[Compression | None] = [None]
     for rule, allocation in self._kinds:
-      kinds.append(Compression(max_cache_tokens=1, window=1, interval=1, scoring=rule, allocation=allocation))
+      again = None if rule.observed == "moments" else 1
+      kinds.append(Compression(max_cache_tokens=1, window=1, interval=again, scoring=rule, allocation=allocation))
     for kind in tqdm.tqdm(kinds, disable=not progress, unit="kind", desc="compiling"):
       self._serve_one(kind)
     if self.config.sharing:
       self.batch.compile_sharing()
     self._counts = counts
-    self._compiled = set(self._kinds)
+    self._compiled = {(*kind, False) for kind in self._kinds}
 
   def _serve_one(self, compression: Compression | None) -> None:
     params = SamplingParams(temperature=1.0, seed=0, max_tokens=3, logprobs=1, ignore_eos=True)

@@ -4,15 +4,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kvc_jax.cache.alloc import blocks_held, ignore_outside, push_blocks
 from kvc_jax.cache.state import NULL_BLOCK, CacheState
 from kvc_jax.eviction.compact import compact
 from kvc_jax.eviction.look import OutputWeights, look_at
-from kvc_jax.eviction.names import ALLOCATIONS, Allocation
+from kvc_jax.eviction.names import ALLOCATIONS
 from kvc_jax.eviction.score import HeldKVs, LookingRule, ScoringRule
-from kvc_jax.eviction.select import keys_of, select
+from kvc_jax.eviction.select import excess_by_mass, keys_of, select
+from kvc_jax.eviction.shares import Allocation, excess_blocks, is_allocation
 
 
 @jax.tree_util.register_dataclass
@@ -43,13 +44,16 @@ def evict(
     max_tokens: int | None = None,
     scale: float | None = None,
     output: OutputWeights | None = None,
+    least: Int[Array, " seqs"] | None = None,
+    mass: Float[Array, " seqs"] | None = None,
 ) -> tuple[CacheState, Eviction]:
   """Shrinks sequences to their budgets; their freed blocks are free at once.
 
   A budget of C tokens lets ceil(C / P) blocks per head stay. `allocation` says
   over which heads that is added up: "all" layers and heads of the sequence
   (KV-Compress), the heads of each "layer" (as Ada-KV), or each "head" for
-  itself (as SnapKV). Sequences never compete with each other.
+  itself (as SnapKV); with "pyramid" or a `HeadProfile` each head has a budget of its own, and
+  these add up to the same. Sequences never compete with each other.
 
   Args:
     state: the cache; where blocks may be shared, these slots share none (`unshare`).
@@ -69,13 +73,18 @@ def evict(
       D ** -0.5 by default (static).
     output: the output projections [L, H*G, D, E], or one [H*G, D, E] for each layer, for rules
       that weigh values by them (`needs_output`).
+    least: i32 [B] tokens that every head keeps at least, at most the budget (Ada-KV's safeguard), in
+      whole blocks; 0 by default.
+    mass: f32 [B] share of the sum of scores held that stays in each group: blocks go, the cheapest first, as
+      long as it does, even where the budget would let them stay; with 1 those go that have no score at all.
+      None for no such bound.
 
   Returns:
     The new state and what was done. A budget that protected tokens do not fit in
     frees what it can; `lengths` tells.
   """
-  if allocation not in ALLOCATIONS:
-    raise ValueError(f"allocation is {allocation!r}; give one of {', '.join(ALLOCATIONS)}")
+  if not is_allocation(allocation):
+    raise ValueError(f"allocation is {allocation!r}; give one of {', '.join(ALLOCATIONS)}, or a HeadProfile")
   slots = ignore_outside(slots, state.num_slots)
   columns = state.max_blocks_per_head
   if max_tokens is not None:
@@ -92,10 +101,18 @@ def evict(
         scale=state.kv.shape[-1] ** -0.5 if scale is None else scale)
   kvs = _held_kvs(state, tables, lengths, num_tokens, first_query, evictable, cache_tokens, looked)
   keys = keys_of(rule.value(kvs), evictable).reshape(-1, evictable.shape[-1])
-  excess = _excess(lengths, cache_tokens, state.block_size, allocation)
+  excess = excess_blocks(
+      lengths, num_tokens, cache_tokens, _most_protected(window, sinks, keep), state.block_size, allocation)
 
   rows, held = tables.reshape(-1, columns), lengths.reshape(-1)  # [R, M] and [R], R = B * L * H
-  freed, evictions, evicted = select(keys, state.positions, rows, held, excess)
+  most = None
+  if least is not None:
+    stay = blocks_held(least, state.block_size)[:, None, None]
+    most = jnp.maximum(blocks_held(lengths, state.block_size) - stay, 0).reshape(-1)
+  if mass is not None:
+    excess = jnp.maximum(excess, excess_by_mass(
+        keys, kvs.scores.reshape(keys.shape), held, 1.0 - mass, excess.shape[0], state.block_size, most))
+  freed, evictions, evicted = select(keys, state.positions, rows, held, excess, most)
   kept = held - evictions
   state = compact(state, evicted, rows, held, kept)
   state = push_blocks(state, rows, blocks_held(kept, state.block_size), blocks_held(held, state.block_size))
@@ -123,13 +140,10 @@ def _held_kvs(state, tables, lengths, num_tokens, first_query, evictable, cache_
       cache_tokens=cache_tokens, looked=looked)
 
 
-def _excess(lengths, cache_tokens, block_size, allocation):
-  """Blocks above the budget, i32 [groups]: "all" B of them, "layer" B * L, "head" B * L * H."""
-  _, layers, heads = lengths.shape
-  group_heads = {"all": layers * heads, "layer": heads, "head": 1}[allocation]
-  allowed = blocks_held(cache_tokens, block_size)[:, None, None]
-  # Summed per group before the clip: what one head holds less, another may hold more.
-  return jnp.maximum(jnp.sum((blocks_held(lengths, block_size) - allowed).reshape(-1, group_heads), axis=1), 0)
+def _most_protected(window, sinks, keep):
+  """Tokens of each head that cannot be evicted, at most, i32 [B]."""
+  kept = 0 if keep is None else jnp.sum(keep[..., 1] - keep[..., 0], axis=1)
+  return window + sinks + kept
 
 
 def _shorten(state, slots, tables, lengths, freed):
