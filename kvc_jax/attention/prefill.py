@@ -184,21 +184,25 @@ def _pool_neighbours(
   if width == 1:
     return sums
   pool = _max_pool if kind == "max" else _mean_pool
-  held = jnp.arange(sums.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
-  positions = state.positions[state.tables[layer, slot]].reshape(held.shape)
-  own, sums = sums, jnp.where(held[:, None], sums, 0.0)
-  is_before = (positions < first_query)[:, None]
-  if not pools_observed:
-    sums = jnp.where(is_before, sums, 0.0)
 
-  def by_position() -> jax.Array:
-    order = jnp.argsort(jnp.where(held, positions, jnp.iinfo(jnp.int32).max), axis=-1)[:, None]
-    pooled = pool(jnp.take_along_axis(sums, order, axis=-1), width)
-    return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
+  def positions() -> jax.Array:
+    found = state.positions[state.tables[layer, slot]]
+    return found.reshape(found.shape[0], -1)
 
-  in_order = jnp.all(state.lengths[layer, slot] == state.num_tokens[slot])  # nothing was ever evicted
-  pooled = lax.cond(in_order, lambda: pool(sums, width), by_position)
-  return pooled if pools_observed else jnp.where(is_before, pooled, own)
+  def all_pooled(sums: jax.Array) -> jax.Array:
+    def by_position() -> jax.Array:
+      held = jnp.arange(sums.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
+      order = jnp.argsort(jnp.where(held, positions(), jnp.iinfo(jnp.int32).max), axis=-1)[:, None]
+      pooled = pool(jnp.take_along_axis(sums, order, axis=-1), width)
+      return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
+
+    in_order = jnp.all(state.lengths[layer, slot] == state.num_tokens[slot])  # nothing was ever evicted
+    return lax.cond(in_order, lambda: pool(sums, width), by_position)
+
+  if pools_observed:
+    return all_pooled(sums)
+  is_before = (positions() < first_query)[:, None]
+  return jnp.where(is_before, all_pooled(jnp.where(is_before, sums, 0.0)), sums)
 
 
 def _max_pool(sums: jax.Array, width: int) -> jax.Array:

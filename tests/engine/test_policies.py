@@ -1,5 +1,7 @@
 """Every scoring rule through the engine, on the shipped model."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,16 @@ def llm():
 def _compression(name, **options):
   again = {} if name == "expected" else {"interval": 4}
   return Compression(window=WINDOW, scoring=RULES[name](), **again, **options)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "tova", "expected"])
+def test_a_rule_compresses_while_a_prompt_is_prefilled(llm, name):
+  compression = Compression(rate=4, window=WINDOW, scoring=RULES[name](), prefill_interval=20)
+  output = llm.generate(PROMPT, dataclasses.replace(GREEDY, max_tokens=1), compression)[0]
+  tokens = len(output.prompt_token_ids)
+  assert output.receipt.compressions == -(-tokens // 20) >= 3
+  allowed = -(-compression.cache_tokens(tokens) // BLOCK) * output.receipt.kvs_kept.size
+  assert output.receipt.blocks_held == allowed
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -93,6 +93,15 @@ def test_what_cannot_be_calibrated_is_refused(llm):
       llm.generate(PROMPTS[0], GREEDY, compression)
 
 
+def test_a_request_with_a_profile_cannot_be_saved(llm, profile, tmp_path):
+  request = llm.engine.add(PROMPTS[0], GREEDY, dataclasses.replace(BASE, allocation=profile))
+  while not llm.engine.step():
+    pass
+  with pytest.raises(InputError, match="only allocations by name can"):
+    llm.engine.save(request, tmp_path / "r.safetensors")
+  assert llm.engine.cancel(request)
+
+
 def test_the_command_makes_a_profile_that_others_take(tmp_path, capsys):
   path = str(tmp_path / "p.safetensors")
   options = ["--rate", "4", "--window", "6", "--block-size", "4", "--prompt", PROMPTS[0]]

@@ -1,5 +1,6 @@
 """Each scoring rule against its NumPy oracle: numbers, and what an eviction keeps."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ from kvc_jax.attention.prefill import init_observation, prefill_attention, score
 from kvc_jax.cache.alloc import allocate
 from kvc_jax.cache.state import CacheConfig, check_invariants, init_cache
 from kvc_jax.errors import InputError
-from kvc_jax.eviction.look import look_at
+from kvc_jax.eviction.look import layer_kvs, look_at
 from kvc_jax.eviction.names import SCORINGS
 from kvc_jax.eviction.rules import RULES
 from kvc_jax.eviction.score import HeldKVs, check_rule, first_observed
@@ -259,6 +260,25 @@ def test_expected_attention_does_not_depend_on_chunks():
   rule = ExpectedAttention(future=16)
   whole, pieces = (_stored(_prefilled(prompt[1:], rule, chunk), rule) for chunk in (64, 5))
   np.testing.assert_allclose(pieces[..., 4:], whole[..., 4:], rtol=1e-4)
+
+
+def test_rules_see_keys_and_values_in_their_own_unit():
+  """An FP8 pool stores them divided by a scale of their head; a waiting query is in the unit of the stored keys."""
+  prompt, decoded = _random_prompt(7), _random_prompt(8, CONFIG.num_slots)
+  scales = np.random.default_rng(9).uniform(0.5, 2, (LAYERS, HEADS, 2)).astype(np.float32)
+  state = _decoded(_prefilled(prompt[1:], TOVA()), decoded[1:], TOVA())
+  by_query_head = np.repeat(scales[..., 0], GROUP, axis=1)[:, None, :, None]
+  scaled = dataclasses.replace(state, kv_scales=jnp.asarray(scales), queries=state.queries * by_query_head)
+  for rule, factor in ((KeyNorm(), scales[..., 0, None]), (CriticalKV(epsilon=1.0), None)):
+    plain, found = (np.array(_looked(s, rule)) for s in (state, scaled))
+    expected = plain * (scales[..., 1, None] if factor is None else factor)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+  for s, unit in ((state, 1.0), (scaled, scales[0, :, 0, None, None])):
+    kvs = layer_kvs(s, 0, SLOT, s.tables[0, SLOT], s.lengths[0, SLOT], s.num_tokens[SLOT], scale=SCALE)
+    dots = np.einsum("hgd,hkd->hgk", np.asarray(kvs.queries).reshape(HEADS, GROUP, DIM), np.asarray(kvs.keys))
+    keys = np.concatenate([prompt[2][0], decoded[2][0, SLOT : SLOT + 1]])
+    expected = SCALE * np.einsum("hgd,khd->hgk", decoded[1][0, SLOT].reshape(HEADS, GROUP, DIM), keys)
+    np.testing.assert_allclose(dots[..., : TOKENS + 1], unit * expected, rtol=1e-3, atol=1e-5)
 
 
 def test_streaming_keeps_sinks_and_the_newest():

@@ -22,6 +22,9 @@ def _compression(fields, own):
     ({}, None),
     ({"rate": 2}, Compression(rate=2)),
     ({"rate": 2, "scoring": "full"}, Compression(rate=2, scoring=FullAttention())),
+    ({"mass": 0.9}, Compression(mass=0.9)),
+    ({"rate": 2, "mass": 0.9, "allocation": "pyramid"}, Compression(rate=2, mass=0.9, allocation="pyramid")),
+    ({"rate": 2, "safeguard": 0.2, "allocation": "layer"}, Compression(rate=2, safeguard=0.2, allocation="layer")),
     ({"rate": 2, "compress_once": False}, Compression(rate=2, interval=4)),
     ({"rate": 2, "compress_once": True}, Compression(rate=2)),
 ])
@@ -37,6 +40,7 @@ def test_without_a_compression_of_the_server(fields, compression):
     ({"rate": 2, "window": 4, "keep": []}, {"rate": 2, "window": 4, "keep": ()}),
     ({"rate": 2, "scoring": "full"}, {"rate": 2}),  # with the server's numbers, which are compiled
     ({"rate": 2, "scoring": "window"}, {"rate": 2, "scoring": WindowAttention()}),
+    ({"mass": 0.9}, {"rate": None, "mass": 0.9}),
     ({"rate": 2, "scoring": "h2o"}, {"rate": 2, "scoring": H2O()}),
     ({"rate": 2, "compress_once": True}, {"rate": 2, "interval": None}),
     ({"rate": 2, "compress_once": False}, {"rate": 2, "interval": 4}),
