@@ -161,7 +161,7 @@ class Engine:
     self._ids, self._orders = itertools.count(), itertools.count()
     self._max_waiting, self._chunks_per_step, self._swap_bytes = max_waiting, chunks_per_step, swap_bytes
     self._kinds = list(itertools.product(rules, allocations))
-    self._compiled: set[tuple[ScoringRule, Allocation, bool]] | None = None  # until warm_up
+    self._compiled: set[tuple[Any, ...]] | None = None  # until warm_up
     self._counts: collections.Counter[str] = collections.Counter()
     self._prefix_interval = prefix_interval
     self._start_empty()
@@ -270,11 +270,12 @@ class Engine:
     """Says in a line that a request of a kind that `warm_up` does not know will make the engine compile."""
     if compression is None or self._compiled is None:
       return
-    kind = compression.scoring, compression.allocation, compression.mass is not None
+    scoring, allocation, with_mass = compression.scoring, compression.allocation, compression.mass is not None
+    kind = (scoring, allocation, "mass") if with_mass else (scoring, allocation)
     if kind not in self._compiled:
       self._compiled.add(kind)
-      _log.warning("steps for %r with allocation %r%s compile while serving; give them to Engine for warm_up",
-                   *kind[:2], " and mass" * kind[2])
+      what, remedy = ("and mass ", "") if with_mass else ("", "; give them to Engine for warm_up")
+      _log.warning("steps for %r with allocation %r %scompile while serving%s", scoring, allocation, what, remedy)
 
   def _sequence(
       self, request_id: int, ids: list[int], params: SamplingParams, compression: Compression | None, *, sample: int,
@@ -763,7 +764,7 @@ class Engine:
     if self.config.sharing:
       self.batch.compile_sharing()
     self._counts = counts
-    self._compiled = {(*kind, False) for kind in self._kinds}
+    self._compiled = set(self._kinds)
 
   def _serve_one(self, compression: Compression | None) -> None:
     params = SamplingParams(temperature=1.0, seed=0, max_tokens=3, logprobs=1, ignore_eos=True)

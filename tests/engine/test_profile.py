@@ -94,7 +94,8 @@ def test_what_cannot_be_calibrated_is_refused(llm):
 
 
 def test_a_request_with_a_profile_cannot_be_saved(llm, profile, tmp_path):
-  request = llm.engine.add(PROMPTS[0], GREEDY, dataclasses.replace(BASE, allocation=profile))
+  params = dataclasses.replace(GREEDY, max_tokens=64)
+  request = llm.engine.add(PROMPTS[0], params, dataclasses.replace(BASE, allocation=profile))
   while not llm.engine.step():
     pass
   with pytest.raises(InputError, match="only allocations by name can"):
