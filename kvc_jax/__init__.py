@@ -29,6 +29,7 @@ if TYPE_CHECKING:
   from kvc_jax.config import LlamaConfig, RopeConfig
   from kvc_jax.engine.engine import Engine
   from kvc_jax.engine.llm import LLM
+  from kvc_jax.engine.profile import measure_profile
   from kvc_jax.engine.request import (
       CompressionReceipt,
       EngineStats,
@@ -40,9 +41,19 @@ if TYPE_CHECKING:
   )
   from kvc_jax.errors import InputError, QueueFull
   from kvc_jax.eviction.compression import Compression
-  from kvc_jax.eviction.score import HeldKVs, ScoringRule
+  from kvc_jax.eviction.profile import HeadProfile
+  from kvc_jax.eviction.score import HeldKVs, LayerKVs, ScoringRule
+  from kvc_jax.eviction.score_critical import CriticalKV
+  from kvc_jax.eviction.score_expected import ExpectedAttention
   from kvc_jax.eviction.score_full import FullAttention
+  from kvc_jax.eviction.score_h2o import H2O
+  from kvc_jax.eviction.score_head_bias import HeadBias
+  from kvc_jax.eviction.score_key_norm import KeyNorm
+  from kvc_jax.eviction.score_keydiff import KeyDiff
   from kvc_jax.eviction.score_random import RandomScore
+  from kvc_jax.eviction.score_snapkv import SnapKV
+  from kvc_jax.eviction.score_streaming import StreamingLLM
+  from kvc_jax.eviction.score_tova import TOVA
   from kvc_jax.eviction.score_window import WindowAttention
   from kvc_jax.eviction.step import Eviction, evict
   from kvc_jax.model.fingerprint import fingerprint
@@ -62,7 +73,19 @@ _HOMES = {
     "CompressionReceipt": "engine.request",
     "Compression": "eviction.compression",
     "ScoringRule": "eviction.score",
+    "HeadProfile": "eviction.profile",
+    "HeadBias": "eviction.score_head_bias",
+    "measure_profile": "engine.profile",
     "HeldKVs": "eviction.score",
+    "LayerKVs": "eviction.score",
+    "SnapKV": "eviction.score_snapkv",
+    "H2O": "eviction.score_h2o",
+    "TOVA": "eviction.score_tova",
+    "StreamingLLM": "eviction.score_streaming",
+    "KeyNorm": "eviction.score_key_norm",
+    "KeyDiff": "eviction.score_keydiff",
+    "ExpectedAttention": "eviction.score_expected",
+    "CriticalKV": "eviction.score_critical",
     "WindowAttention": "eviction.score_window",
     "FullAttention": "eviction.score_full",
     "RandomScore": "eviction.score_random",
@@ -102,18 +125,27 @@ _HOMES = {
 }
 
 __all__ = [
+    "H2O",
     "LLM",
+    "TOVA",
     "CacheConfig",
     "CacheState",
     "Compression",
     "CompressionReceipt",
+    "CriticalKV",
     "Engine",
     "EngineStats",
     "Eviction",
+    "ExpectedAttention",
     "FullAttention",
+    "HeadBias",
+    "HeadProfile",
     "Held",
     "HeldKVs",
     "InputError",
+    "KeyDiff",
+    "KeyNorm",
+    "LayerKVs",
     "Llama",
     "LlamaConfig",
     "Observation",
@@ -125,7 +157,9 @@ __all__ = [
     "SavedSequence",
     "ScoringRule",
     "SequenceSnapshot",
+    "SnapKV",
     "StreamChunk",
+    "StreamingLLM",
     "TokenLogprobs",
     "Update",
     "WindowAttention",
@@ -144,6 +178,7 @@ __all__ = [
     "init_observation",
     "load_model",
     "load_sequence",
+    "measure_profile",
     "prefill_attention",
     "release",
     "save_sequence",

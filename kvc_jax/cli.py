@@ -1,4 +1,4 @@
-"""The `kvc` command: convert, generate, inspect, eval, serve, demo."""
+"""The `kvc` command: convert, generate, inspect, calibrate, eval, serve, demo."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kvc_jax.errors import InputError, check_count
-from kvc_jax.eviction.names import ALLOCATIONS, SCORINGS
+from kvc_jax.eviction.names import ALLOCATIONS, PROFILE, SCORINGS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
   _add_convert(commands)
   _add_generate(commands)
   _add_inspect(commands)
+  _add_calibrate(commands)
   _add_eval(commands)
   _add_serve(commands)
   demo = commands.add_parser("demo", help="tell the shipped model's story at 1x, 2x, 4x and 8x")
@@ -105,6 +106,18 @@ def _add_inspect(commands: Any) -> None:
   _add_run_options(inspect)
   inspect.add_argument("--out", "-o", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
   inspect.set_defaults(run=_inspect)
+
+
+def _add_calibrate(commands: Any) -> None:
+  calibrate = commands.add_parser("calibrate", help="measure what share of its tokens each head keeps on some prompts")
+  _add_model_options(calibrate)
+  _add_prompt_options(calibrate)
+  _add_compression_options(calibrate)
+  calibrate.add_argument("--bins", type=int, default=16,
+                         help="equal parts of a prompt that are counted apart (default: %(default)s)")
+  calibrate.add_argument("--out", "-o", type=pathlib.Path, default=pathlib.Path("head-profile.safetensors"),
+                         help="safetensors file to write (default: %(default)s)")
+  calibrate.set_defaults(run=_calibrate)
 
 
 def _add_eval(commands: Any) -> None:
@@ -243,15 +256,22 @@ def _add_compression_options(
     parser: argparse.ArgumentParser, title: str = "compression", *, several: bool = False) -> None:
   """With `several`, budgets, allocations and scorings take any number of values."""
   many: dict[str, Any] = {"nargs": "+"} if several else {}
-  group = parser.add_argument_group(f"{title} (off without --rate or --max-cache-tokens)")
+  group = parser.add_argument_group(f"{title} (off without --rate, --max-cache-tokens or --mass)")
   group.add_argument("--rate", type=float, **many, help="keep one KV in RATE outside the window")
   group.add_argument("--max-cache-tokens", type=int, **many, help="keep this many tokens per head, on average")
+  group.add_argument("--mass", type=float, **many,
+                     help="keep the smallest cache with this share (0 to 1) of the scores' sum")
   group.add_argument("--window", type=int, help="newest tokens that always stay (default: 32)")
   group.add_argument("--sinks", type=int, help="first tokens that always stay (default: 0)")
   group.add_argument("--keep", action="append", type=_range, metavar="START:END",
                      help="token positions that are never evicted; may be repeated")
-  group.add_argument("--allocation", choices=ALLOCATIONS, **many,
+  group.add_argument("--allocation", choices=(*ALLOCATIONS, PROFILE), **many,
                      help="heads that share a budget (default: all of a sequence)")
+  group.add_argument("--safeguard", type=float,
+                     help="share of the budget that every head keeps at least, with allocation all or layer")
+  group.add_argument("--head-profile", metavar="FILE", help="of kvc calibrate: gives each head a budget of its own")
+  group.add_argument("--head-bias", type=float, metavar="WEIGHT",
+                     help="let --head-profile shift the choice among heads instead; 1 is its full weight")
   group.add_argument("--interval", type=int,
                      help="decode steps between compressions; once after the prompt by default")
   group.add_argument("--prefill-interval", type=int,
@@ -259,17 +279,24 @@ def _add_compression_options(
   group.add_argument("--on-demand", action="store_true", default=None,
                      help="compress again whenever memory is short; the text then depends on what else is served")
   group.add_argument("--scoring", choices=SCORINGS, **many, help="what a KV is worth (default: window)")
-  group.add_argument("--queries", type=int, help="prompt queries that --scoring window observes")
-  group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention")
-  group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries")
-  group.add_argument("--pooling", type=int, help="width of the max-pool of --scoring window; 1 is none")
+  group.add_argument("--queries", type=int, help="prompt queries that window, snapkv and critical observe")
+  group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention (window, full)")
+  group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries (window, full, h2o)")
+  group.add_argument("--pooling", type=int, help="width of the pool along keys (window, snapkv, critical); 1 is none")
+  group.add_argument("--pool", choices=("max", "mean"), help="what --scoring snapkv takes of neighbours (default: max)")
   group.add_argument("--buffer", type=int, help="newest tokens that a query does not count for")
   group.add_argument("--decode-every", type=int, help="observe one decode query in so many (default: 2)")
+  group.add_argument("--future", type=int, help="positions to come that --scoring expected averages over")
+  group.add_argument("--epsilon", type=float, help="added to the attention before values count (expected, critical)")
+  group.add_argument("--first-share", type=float, help="of the budget that --scoring critical gives to attention alone")
 
 
-_BUDGET_OPTIONS = ("rate", "max_cache_tokens")
-_COMPRESSION_OPTIONS = ("window", "sinks", "keep", "allocation", "interval", "prefill_interval", "on_demand")
-_SCORING_OPTIONS = ("queries", "power", "reduction", "pooling", "buffer", "decode_every")
+_BUDGET_OPTIONS = ("rate", "max_cache_tokens", "mass")
+_COMPRESSION_OPTIONS = (
+    "window", "sinks", "keep", "allocation", "safeguard", "interval", "prefill_interval", "on_demand")
+_PROFILE_OPTIONS = ("head_profile", "head_bias")
+_SCORING_OPTIONS = (
+    "queries", "power", "reduction", "pooling", "pool", "buffer", "decode_every", "future", "epsilon", "first_share")
 _MODEL_OPTIONS = ("dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "block_size", "chunk_size", "num_blocks",
                   "kv_cache_memory_bytes")
 
@@ -300,10 +327,24 @@ def _compression(args: argparse.Namespace) -> Any:
 
   options = _given(args, (*_BUDGET_OPTIONS, *_COMPRESSION_OPTIONS))
   if not _given(args, _BUDGET_OPTIONS):
-    if idle := [*options, *_given(args, ("scoring", *_SCORING_OPTIONS))]:
-      raise InputError(f"{_flag(idle[0])} compresses nothing without --rate or --max-cache-tokens; give one of them")
+    if idle := [*options, *_given(args, ("scoring", *_SCORING_OPTIONS, *_PROFILE_OPTIONS))]:
+      raise InputError(
+          f"{_flag(idle[0])} compresses nothing without --rate or --max-cache-tokens (or --mass); give one of them")
     return None
-  return kvc_jax.Compression(**options, scoring=_scoring(args))
+  scoring = _scoring(args)
+  if args.head_profile is None:
+    if args.allocation == PROFILE or args.head_bias is not None:
+      raise InputError("a head profile is needed for this; give --head-profile FILE, which kvc calibrate makes")
+    return kvc_jax.Compression(**options, scoring=scoring)
+  profile = kvc_jax.HeadProfile.load(args.head_profile)
+  if args.head_bias is None:
+    if options.setdefault("allocation", PROFILE) != PROFILE:
+      raise InputError(f"--head-profile goes with --allocation {PROFILE}, or with --head-bias; give one of them")
+    return kvc_jax.Compression(**{**options, "allocation": profile}, scoring=scoring)
+  if args.allocation == PROFILE:
+    raise InputError(f"--allocation {PROFILE} leaves no choice among heads to --head-bias; leave one of them out")
+  return kvc_jax.Compression(
+      **options, scoring=kvc_jax.HeadBias(rule=scoring, profile=profile, weight=args.head_bias))
 
 
 def _sampling(args: argparse.Namespace) -> Any:
@@ -415,6 +456,23 @@ def _inspect(args: argparse.Namespace) -> int:
   print(_receipt_line(output))
   for layer, kept in enumerate(output.receipt.kvs_kept):
     print(f"layer {layer:>3}: {' '.join(f'{n:>6}' for n in kept)}")
+  print(f"wrote {args.out}")
+  return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+  from kvc_jax.engine.profile import measure_profile
+
+  compression = _compression(args)
+  if compression is None:
+    raise InputError("calibrate measures what a compression keeps; give --rate or --max-cache-tokens")
+  if not args.out.absolute().parent.is_dir() or args.out.is_dir():
+    raise InputError(f"cannot write {args.out}; give a file name in a folder that exists")
+  llm = _load(args)
+  profile = measure_profile(llm, _as_prompts(llm, args), compression, bins=args.bins, progress=sys.stderr.isatty())
+  profile.save(args.out)
+  for layer, shares in enumerate(profile.shares.mean(axis=2)):
+    print(f"layer {layer:>3}: {' '.join(f'{share:6.3f}' for share in shares)}")
   print(f"wrote {args.out}")
   return 0
 
@@ -608,7 +666,8 @@ def _warmed(which: str, compression: Any) -> dict[str, Any]:
   from kvc_jax.serving.protocol import named_rule
 
   if which == "all":
-    return {"rules": tuple(named_rule(name, compression) for name in SCORINGS), "allocations": ALLOCATIONS}
+    own = () if compression is None or isinstance(compression.allocation, str) else (compression.allocation,)
+    return {"rules": tuple(named_rule(name, compression) for name in SCORINGS), "allocations": (*ALLOCATIONS, *own)}
   return {} if compression is None else {"rules": (compression.scoring,), "allocations": (compression.allocation,)}
 
 

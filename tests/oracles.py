@@ -169,6 +169,112 @@ def mean_normalised(scores, key_positions, num_tokens, first_query, buffer) -> n
   return out
 
 
+def snapkv_scores(q, k, *, queries, pooling, pool, scale) -> np.ndarray:
+  """SnapKV scores [H, T] of a prompt's KVs; q [T, H*G, D], k [T, H, D].
+
+  Rule: mean attention of the last `queries` queries on each key before them; pool along those
+  keys alone ("max", or "mean" with zeros beyond the ends and always divided by the width);
+  sum over the G query heads. A key of the window itself: mean over those of the queries that see it.
+  """
+  num_tokens, query_heads, _ = np.shape(q)
+  first = num_tokens - queries
+  weights = probabilities(np.asarray(q)[first:], k, np.arange(first, num_tokens), np.arange(num_tokens), scale)
+  out = np.zeros((query_heads, num_tokens))
+  half = pooling // 2
+  for head in range(query_heads):
+    mean = weights[head, :, :first].mean(axis=0)
+    for i in range(first):
+      near = mean[max(0, i - half):i + half + 1]
+      out[head, i] = near.max() if pool == "max" else near.sum() / pooling
+    for i in range(first, num_tokens):
+      out[head, i] = weights[head, i - first:, i].mean()
+  return _sum_over_group(out, np.shape(k)[1])
+
+
+def tova_scores(q, ks: Sequence, key_positions: Sequence, scale) -> list[np.ndarray]:
+  """TOVA scores, a list over H of [n_h], by one query q [H*G, D] over KVs that may differ per head.
+
+  Rule: the newest token's attention to a token, averaged over all query heads of the layer; a
+  head that does not hold the token pays it none.
+  """
+  q = np.asarray(q, np.float64)
+  total: dict[int, float] = {}
+  for query_head, head in enumerate(_head_of_query_head(len(q), len(ks))):
+    weights = _softmax(scale * (np.asarray(ks[head], np.float64) @ q[query_head]))
+    for position, weight in zip(key_positions[head], weights, strict=True):
+      total[int(position)] = total.get(int(position), 0) + weight / len(q)
+  return [np.array([total[int(position)] for position in positions]) for positions in key_positions]
+
+
+def keydiff_scores(k) -> np.ndarray:
+  """KeyDiff scores [n] of one head's keys [n, D].
+
+  Rule: minus the cosine between a key and the mean of the keys, each of which is scaled to length 1.
+  """
+  k = np.asarray(k, np.float64)
+  mean = np.mean([key / np.linalg.norm(key) for key in k], axis=0)
+  return np.array([-(key @ mean) / (np.linalg.norm(key) * np.linalg.norm(mean)) for key in k])
+
+
+def rotation(position, frequencies) -> np.ndarray:
+  """RoPE as a matrix [D, D]: pair (i, i + D/2) is turned by position * frequencies[i]."""
+  half = len(frequencies)
+  out = np.zeros((2 * half, 2 * half))
+  for i, frequency in enumerate(frequencies):
+    cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+    out[i, i], out[i, i + half], out[i + half, i], out[i + half, i + half] = cos, -sin, sin, cos
+  return out
+
+
+def expected_scores(plain_q, k, v, frequencies, *, future, sinks, covariance, value_norm, epsilon) -> np.ndarray:
+  """Expected Attention scores [H, T]; plain_q [T, H*G, D] before RoPE, k [T, H, D] after it, v [T, H, D].
+
+  Rule: mean m and covariance S of the queries from position `sinks` on; R the mean of RoPE's
+  matrices at positions T .. T + future - 1; m' = R m, S' = R S R^T; weight of a key
+  exp(k.m' / sqrt(D) + k.S'k / (2 D)), normalised over the keys from `sinks` on; mean over
+  the group; (that + epsilon) times the value's L2 norm. Sinks get 0 here.
+  """
+  plain_q, k, v = (np.asarray(x, np.float64) for x in (plain_q, k, v))
+  num_tokens, query_heads, dim = plain_q.shape
+  kv_heads = k.shape[1]
+  turn = np.mean([rotation(num_tokens + i, frequencies) for i in range(future)], axis=0)
+  out = np.zeros((kv_heads, num_tokens))
+  for query_head, head in enumerate(_head_of_query_head(query_heads, kv_heads)):
+    rows = plain_q[sinks:, query_head]
+    mean = turn @ rows.mean(axis=0)
+    spread = turn @ np.cov(rows.T, bias=True) @ turn.T
+    logits = np.array([
+        key @ mean / math.sqrt(dim) + (key @ spread @ key / (2 * dim) if covariance else 0) for key in k[sinks:, head]])
+    out[head, sinks:] += _softmax(logits) / (query_heads // kv_heads)
+  if value_norm:
+    out = (out + epsilon) * np.linalg.norm(v, axis=-1).T
+  out[:, :sinks] = 0
+  return out
+
+
+def critical_weights(v, output) -> np.ndarray:
+  """[H, T] L1 norms of values v [T, H, D] behind output [H*G, D, E], averaged over the group."""
+  v, output = np.asarray(v, np.float64), np.asarray(output, np.float64)
+  norms = np.stack([
+      np.abs(v[:, head] @ output[query_head]).sum(axis=-1)
+      for query_head, head in enumerate(_head_of_query_head(len(output), v.shape[1]))])
+  return _sum_over_group(norms, v.shape[1]) / (len(output) // v.shape[1])
+
+
+def critical_choice(attention, weights, *, budget, first_share, epsilon, protected) -> set[int]:
+  """CriticalKV's choice for one head: the `budget` positions that stay.
+
+  Rule: protected positions stay; then the best by attention alone, until floor(first_share * budget)
+  stay; then the best by (attention + epsilon) * weight, until `budget` do.
+  """
+  stays = set(protected)
+  for score, most in ((attention, int(first_share * budget)), ((attention + epsilon) * weights, budget)):
+    for position in sorted(range(len(attention)), key=lambda p: (-score[p], -p)):
+      if len(stays) < most:
+        stays.add(position)
+  return stays
+
+
 # --- Budget and eviction ---------------------------------------------------------------------
 
 
@@ -261,7 +367,8 @@ def _choose_blocks(costs: list[list[float]], excess: int) -> list[int]:
 
 
 def evict(
-    heads: Sequence[Sequence[Held]], *, num_tokens, window, sinks, block_size, allowed, allocation, keep=(),
+    heads: Sequence[Sequence[Held]], *, num_tokens, window, sinks, block_size, allowed, allocation, keep=(), least=0,
+    mass=None, head_blocks=None,
 ) -> tuple[list[list[Held]], list[list[int]]]:
   """One compression of one sequence.
 
@@ -279,6 +386,10 @@ def evict(
     allowed: C tokens; ceil(C / P) blocks per head may stay.
     allocation: "all", "layer" or "head": over what the blocks are pooled.
     keep: (start, end) of positions that are protected as well.
+    least: tokens that every head keeps at least: no head goes below ceil(least / P) blocks.
+    mass: with it E grows, one block at a time, as long as the scores evicted from the group sum to no more
+      than (1 - mass) of those it held.
+    head_blocks: [L][H] blocks that each head may keep, in place of `allowed`; for allocation "head".
 
   Returns:
     kept [L][H], lists of (position, score) by position; freed blocks [L][H].
@@ -289,8 +400,17 @@ def evict(
   freed = [[0] * kv_heads for _ in range(num_layers)]
   for group in _groups(num_layers, kv_heads, allocation):
     held_blocks = sum(math.ceil(len(heads[i][h]) / block_size) for i, h in group)
-    excess = max(0, held_blocks - allowed_blocks(allowed, block_size=block_size, num_heads=len(group)))
-    costs = [_block_costs(heads[i][h], evictable[i][h], block_size) for i, h in group]
+    may_stay = allowed_blocks(allowed, block_size=block_size, num_heads=len(group))
+    if head_blocks is not None:
+      ((i, h),) = group
+      may_stay = head_blocks[i][h]
+    excess = max(0, held_blocks - may_stay)
+    costs = [
+        _block_costs(heads[i][h], evictable[i][h], block_size)[
+            :max(0, math.ceil(len(heads[i][h]) / block_size) - math.ceil(least / block_size))]
+        for i, h in group]
+    if mass is not None:
+      excess = max(excess, _blocks_by_mass(group, heads, evictable, costs, mass, block_size))
     for (i, h), blocks in zip(group, _choose_blocks(costs, excess), strict=True):
       freed[i][h] = blocks
   kept = [[[] for _ in range(kv_heads)] for _ in range(num_layers)]
@@ -300,6 +420,54 @@ def evict(
       gone = {position for position, _ in evictable[i][h][:needed]}
       kept[i][h] = sorted(kv for kv in heads[i][h] if kv[0] not in gone)
   return kept, freed
+
+
+def _blocks_by_mass(group, heads, evictable, costs, mass, block_size) -> int:
+  """Most blocks whose evictions sum to no more than (1 - mass) of the scores that the group holds."""
+  allowed = (1 - mass) * sum(score for i, h in group for _, score in heads[i][h])
+  most = 0
+  for blocks in range(1, sum(map(len, costs)) + 1):
+    gone = 0.0
+    for (i, h), freed in zip(group, _choose_blocks(costs, blocks), strict=True):
+      needed = _evictions_needed(len(heads[i][h]), freed, block_size)
+      gone += sum(score for _, score in evictable[i][h][:needed])
+    if gone <= allowed:
+      most = blocks
+  return most
+
+
+def pyramid(mean, most, layers, beta=20) -> list[float]:
+  """PyramidKV's budgets beyond what is protected, one per layer, before rounding.
+
+  Rule: they fall evenly from 2 mean - mean / beta in the first layer to mean / beta in the
+  last; if the first is more than `most`, it is `most`, and the last 2 mean - most.
+  """
+  last = mean / beta
+  first = 2 * mean - last
+  if first > most:
+    first, last = most, 2 * mean - most
+  if layers == 1:
+    return [mean]
+  return [first - layer * (first - last) / (layers - 1) for layer in range(layers)]
+
+
+def weighted_blocks(mean, most, weights) -> np.ndarray:
+  """Whole blocks [L, H] in proportion to weights [L, H], `mean` on the average and none above `most`.
+
+  Rule: give all in proportion; heads that would get more than `most` get that, and the rest is
+  given to the others again, until none does. Rounded where the running sum, head after head, passes a half.
+  """
+  flat = np.asarray(weights, np.float64).ravel()
+  shares, full = np.zeros(flat.size), np.zeros(flat.size, bool)
+  while not full.all():
+    left = mean * flat.size - full.sum() * most
+    shares = np.where(full, most, left * flat / flat[~full].sum())
+    if not (shares[~full] > most).any():
+      break
+    full |= shares > most
+  marks = np.floor(np.cumsum([0, *np.minimum(shares, most)]) + 0.5 + 1e-5)
+  marks[-1] = min(mean, most) * flat.size
+  return np.diff(marks).astype(int).reshape(np.shape(weights))
 
 
 # --- The cache -------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ import re
 import pytest
 
 import kvc_jax
+from kvc_jax.eviction.names import ALLOCATIONS, PROFILE
+from kvc_jax.eviction.rules import RULES
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ["README.md", "docs/jit-api.md", "docs/evaluation.md"]
+PAGES = [
+    "README.md", "docs/jit-api.md", "docs/policies.md", "docs/write-your-own-policy.md", "docs/evaluation.md"]
 
 
 def _blocks(page):
@@ -20,6 +23,13 @@ def test_example_runs(page, number, monkeypatch):
   monkeypatch.chdir(ROOT)
   code = _blocks(page)[number]
   exec(compile(code, f"{page}, example {number}", "exec"), {"__name__": "example"})
+
+
+def test_the_table_of_policies_has_every_name():
+  page = (ROOT / "docs/policies.md").read_text(encoding="utf-8")
+  rows = re.findall(r"^\| `([a-z0-9-]+)`, `(\w+)` \|", page, re.MULTILINE)
+  assert sorted(rows) == sorted((name, rule.__name__) for name, rule in RULES.items())
+  assert set(re.findall(r"^\| `([a-z]+)` \|", page, re.MULTILINE)) == {*ALLOCATIONS, PROFILE}
 
 
 def test_links_between_pages_lead_somewhere():

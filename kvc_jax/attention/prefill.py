@@ -1,17 +1,21 @@
 """Prefill: attention of one sequence's prompt, chunk by chunk, and its scores."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from kvc_jax.attention.moments import Moments, add_queries, init_moments, moments_of
 from kvc_jax.cache.quantize import scale_inputs, scale_output
 from kvc_jax.cache.state import CacheState
 from kvc_jax.cache.write import write
-from kvc_jax.eviction.score import ScoringRule
+from kvc_jax.eviction.look import layer_kvs
+from kvc_jax.eviction.score import MomentsRule, ScoringRule, pooling_of
 from kvc_jax.kernels.column_scores import column_scores
 from kvc_jax.kernels.paged_prefill import paged_prefill
 
@@ -26,20 +30,43 @@ class Observation:
   Attributes:
     queries: [L, W, H*G, D] after RoPE; the newest is the last row.
     log_sums: f32 [L, W, H*G] log-sum-exp of each query over the keys it saw.
+    moments: mean and covariance of all queries, for rules that score with those.
   """
 
   queries: jax.Array
   log_sums: jax.Array
+  moments: Moments | None = None
 
 
 def init_observation(
-    rule: ScoringRule | None, num_layers: int, num_heads: int, head_dim: int, dtype: DTypeLike
+    rule: ScoringRule | None, num_layers: int, num_heads: int, head_dim: int, dtype: DTypeLike,
+    frequencies: np.ndarray | None = None,
 ) -> Observation:
-  """An observation of nothing yet; W = 0 where `rule` needs no queries kept."""
+  """An observation of nothing yet; W = 0 where `rule` needs no queries kept.
+
+  Args:
+    rule: None for none.
+    num_layers: L.
+    num_heads: query heads, H*G.
+    head_dim: D.
+    dtype: of queries that are kept.
+    frequencies: f32 [D/2] RoPE's angle per position of each pair of dimensions, zeros for a
+      model without RoPE; for a rule with `observed` "moments".
+
+  Raises:
+    ValueError: the rule needs frequencies.
+  """
   width = rule.queries if rule is not None and rule.observed == "last" else 0
+  moments = None
+  if rule is not None and rule.observed == "moments":
+    if frequencies is None:
+      raise ValueError(
+          f"init_observation: {type(rule).__name__} turns queries back to before RoPE; give frequencies "
+          "(kvc_jax.model.rope.inverse_frequencies)")
+    moments = init_moments(num_layers, num_heads, head_dim, frequencies)
   return Observation(
       queries=jnp.zeros((num_layers, width, num_heads, head_dim), dtype),
-      log_sums=jnp.zeros((num_layers, width, num_heads), jnp.float32))
+      log_sums=jnp.zeros((num_layers, width, num_heads), jnp.float32), moments=moments)
 
 
 def prefill_attention(
@@ -78,6 +105,9 @@ def prefill_attention(
   row = jnp.arange(q.shape[0], dtype=jnp.int32)
   valid = row < count
   positions = state.num_tokens[slot] - count + row
+  if isinstance(rule, MomentsRule) and observation.moments is not None:
+    observation = dataclasses.replace(observation, moments=add_queries(
+        observation.moments, layer, q, positions, valid & (positions >= rule.sinks)))
   q, k, v = scale_inputs(state, layer, q, k, v)
   state = write(state, layer, jnp.broadcast_to(slot, row.shape), positions, k, v, valid)
   prefix = state.lengths[layer, slot] - count
@@ -99,12 +129,15 @@ def score_observed(
 ) -> CacheState:
   """Scores the KVs of `slot` with the observed queries; call it after the last chunk.
 
-  Per query head: probabilities to the power, summed over the queries, max-pooled
+  Per query head: probabilities to the power, summed over the queries, pooled
   along keys in the order of their positions; then summed over the G query heads
-  (KV-Compress, KVC-w). Scores from before are replaced, so that a prompt may be
-  scored, compressed and carried on in turns. A rule that does not observe the last
-  queries leaves the state as it is. The slot shares no blocks (`unshare`).
+  (KV-Compress, KVC-w). With a rule that observes moments, what it expects of them.
+  Scores from before are replaced, so that a prompt may be
+  scored, compressed and carried on in turns. Any other rule
+  leaves the state as it is. The slot shares no blocks (`unshare`).
   """
+  if isinstance(rule, MomentsRule) and observation.moments is not None:
+    return _score_by_moments(state, observation.moments, slot, scale, rule)
   if rule.observed != "last":
     return state
   width = observation.queries.shape[1]
@@ -116,8 +149,18 @@ def score_observed(
         observation.queries[layer], observation.log_sums[layer], query_positions,
         state.kv, state.positions, state.tables, state.lengths, layer, slot,
         scale=scale, power=rule.power, buffer=rule.buffer)
-    pooled = _pool_neighbours(state, layer, slot, sums, rule.pooling)
+    pooled = _pool_neighbours(state, layer, slot, sums, query_positions[0], rule)
     return _put_scores(state, layer, slot, jnp.sum(pooled, axis=1), add=False)
+
+  return lax.fori_loop(0, state.num_layers, body, state)
+
+
+def _score_by_moments(state: CacheState, moments: Moments, slot, scale: float, rule: MomentsRule) -> CacheState:
+  def body(layer, state):
+    kvs = layer_kvs(
+        state, layer, slot, state.tables[layer, slot], state.lengths[layer, slot], state.num_tokens[slot],
+        scale=scale)
+    return _put_scores(state, layer, slot, rule.expect(kvs, moments_of(moments, layer), scale), add=False)
 
   return lax.fori_loop(0, state.num_layers, body, state)
 
@@ -129,29 +172,52 @@ def _observe(observation: Observation, layer, q, log_sums, count) -> Observation
     both = jnp.concatenate([kept[layer], rows.astype(kept.dtype)])
     return kept.at[layer].set(lax.dynamic_slice_in_dim(both, count, kept.shape[1]))
 
-  return Observation(push(observation.queries, q), push(observation.log_sums, log_sums))
+  return dataclasses.replace(
+      observation, queries=push(observation.queries, q), log_sums=push(observation.log_sums, log_sums))
 
 
-def _pool_neighbours(state: CacheState, layer, slot, sums: jax.Array, width: int) -> jax.Array:
-  """Max-pools sums [H, G, M*P]; neighbours are those by position, wherever evictions have moved them."""
+def _pool_neighbours(
+    state: CacheState, layer, slot, sums: jax.Array, first_query: jax.Array, rule: ScoringRule
+) -> jax.Array:
+  """Pools sums [H, G, M*P]; neighbours are those by position, wherever evictions have moved them."""
+  width, kind, pools_observed = pooling_of(rule)
   if width == 1:
     return sums
+  pool = _max_pool if kind == "max" else _mean_pool
 
-  def by_position() -> jax.Array:
-    held = jnp.arange(sums.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
-    positions = state.positions[state.tables[layer, slot]].reshape(held.shape)
-    order = jnp.argsort(jnp.where(held, positions, jnp.iinfo(jnp.int32).max), axis=-1)[:, None]
-    pooled = _max_pool(jnp.take_along_axis(sums, order, axis=-1), width)
-    return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
+  def positions() -> jax.Array:
+    found = state.positions[state.tables[layer, slot]]
+    return found.reshape(found.shape[0], -1)
 
-  in_order = jnp.all(state.lengths[layer, slot] == state.num_tokens[slot])  # nothing was ever evicted
-  return lax.cond(in_order, lambda: _max_pool(sums, width), by_position)
+  def all_pooled(sums: jax.Array) -> jax.Array:
+    def by_position() -> jax.Array:
+      held = jnp.arange(sums.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
+      order = jnp.argsort(jnp.where(held, positions(), jnp.iinfo(jnp.int32).max), axis=-1)[:, None]
+      pooled = pool(jnp.take_along_axis(sums, order, axis=-1), width)
+      return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
+
+    in_order = jnp.all(state.lengths[layer, slot] == state.num_tokens[slot])  # nothing was ever evicted
+    return lax.cond(in_order, lambda: pool(sums, width), by_position)
+
+  if pools_observed:
+    return all_pooled(sums)
+  is_before = (positions() < first_query)[:, None]
+  return jnp.where(is_before, all_pooled(jnp.where(is_before, sums, 0.0)), sums)
 
 
 def _max_pool(sums: jax.Array, width: int) -> jax.Array:
   """Maximum over `width` neighbours along the last axis; sums are not negative."""
+  return _reduce(sums, width, 0.0, lax.max)
+
+
+def _mean_pool(sums: jax.Array, width: int) -> jax.Array:
+  """Sum over `width` neighbours along the last axis, zeros beyond the ends, divided by the width."""
+  return _reduce(sums, width, 0.0, lax.add) / width
+
+
+def _reduce(sums: jax.Array, width: int, start: float, combine: Any) -> jax.Array:
   window = (*(1 for _ in sums.shape[:-1]), width)
-  return lax.reduce_window(sums, 0.0, lax.max, window, (1,) * sums.ndim, "SAME")
+  return lax.reduce_window(sums, start, combine, window, (1,) * sums.ndim, "SAME")
 
 
 def _put_scores(state: CacheState, layer, slot, gain: jax.Array, *, add: bool) -> CacheState:

@@ -16,8 +16,10 @@ from kvc_jax.engine.sequence import Sequence
 from kvc_jax.eviction.compression import MOST_KEPT_RANGES, Compression
 from kvc_jax.eviction.score import ScoringRule, first_observed
 from kvc_jax.eviction.score_full import FullAttention
+from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.model.flat import FlatModel
 from kvc_jax.model.llama import Llama
+from kvc_jax.model.rope import inverse_frequencies
 from kvc_jax.sampling import Logprobs, SamplingArrays
 
 _EVICT_TOKENS = 32_768
@@ -89,12 +91,12 @@ class Batch:
     Returns:
       Logits f32 [V] behind them, and ok bool []: whether the blocks were there.
     """
-    compression = sequence.compression
-    rule = compression.scoring if compression else None
+    rule = prefill_rule(sequence.compression)
     if sequence.observation is None:
       shape = self.model.config
       sequence.observation = init_observation(
-          rule, shape.num_layers, shape.num_heads, shape.head_dim, self.config.query_dtype)
+          rule, shape.num_layers, shape.num_heads, shape.head_dim, self.config.query_dtype,
+          inverse_frequencies(shape.rope, shape.head_dim))
     tokens = np.zeros(self.chunk_size, np.int32)
     tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
     logits, ok, self.state, sequence.observation = steps.prefill_chunk(
@@ -105,7 +107,7 @@ class Batch:
   def score(self, sequence: Sequence) -> None:
     """Scores what is held of the prompt so far, for a compression that follows."""
     rule = _compression(sequence).scoring
-    if rule.observed == "last":
+    if rule.observed in ("last", "moments"):
       self.state = steps.score_prompt(
           self.state, sequence.observation, np.int32(sequence.slot), scale=self.model.config.head_dim**-0.5, rule=rule)
 
@@ -154,7 +156,8 @@ class Batch:
     return SamplingArrays(*columns)
 
   def compress(self, sequences: list[Sequence]) -> list[Evicted]:
-    """Evicts each sequence down to its own budget; all share one rule and allocation.
+    """Evicts each sequence down to its own budget; all share one rule and allocation, and all or
+    none have a `mass`.
 
     While its prompt is prefilled, that is the budget that the whole prompt will have.
     """
@@ -165,19 +168,25 @@ class Batch:
 
   def _compress_rows(self, sequences: list[Sequence]) -> Evicted:
     first = _compression(sequences[0])
-    rows = np.zeros((5, self._evict_rows), np.int32)
+    rows = np.zeros((6, self._evict_rows), np.int32)
+    mass = None if first.mass is None else np.ones(self._evict_rows, np.float32)
     rows[0] = self.config.num_slots  # rows without a sequence are ignored
     keep = np.zeros((self._evict_rows, MOST_KEPT_RANGES, 2), np.int32)
     for i, sequence in enumerate(sequences):
       compression = _compression(sequence)
+      tokens = len(sequence.prompt) + sequence.steps
       rows[:, i] = (
-          sequence.slot, compression.cache_tokens(len(sequence.prompt) + sequence.steps), compression.window,
-          compression.sinks, first_observed(compression.scoring, sequence.prefilled))
+          sequence.slot, compression.cache_tokens(tokens), compression.window,
+          compression.sinks, first_observed(compression.scoring, sequence.prefilled), compression.least_tokens(tokens))
+      if mass is not None:
+        mass[i] = compression.mass
       for j, pair in enumerate(compression.keep):
         keep[i, j] = pair
       sequence.compressions += 1
       sequence.compressed_at = sequence.tokens_seen
-    self.state, eviction = steps.evict(self.state, *rows, keep, rule=first.scoring, allocation=first.allocation)
+    model = self._flat if getattr(first.scoring, "needs_output", False) else None
+    self.state, eviction = steps.evict(
+        self.state, *rows[:5], keep, rows[5], mass, rule=first.scoring, allocation=first.allocation, model=model)
     return sequences, eviction.freed_blocks
 
   def usage(self) -> tuple[jax.Array, jax.Array]:
@@ -265,11 +274,23 @@ class Batch:
     return np.where(ordered == last, -1, ordered)
 
 
+def prefill_rule(compression: Compression | None) -> ScoringRule | None:
+  """What a prompt's chunks observe: one object for all rules that do it alike; None for nothing."""
+  scoring = compression.scoring if compression is not None else None
+  if scoring is None or scoring.observed == "none":
+    return None
+  if scoring.observed == "last":
+    return WindowAttention(queries=scoring.queries)
+  if scoring.observed == "all":
+    return FullAttention(power=scoring.power, buffer=scoring.buffer)
+  return scoring
+
+
 def decode_rule(compression: Compression | None) -> ScoringRule | None:
   """How decode steps keep scores up to date: one object for all rules that do it alike; None for not at all."""
-  if compression is None or not compression.scores_decode or compression.scoring.observed == "none":
+  scoring = compression.scoring if compression is not None and compression.scores_decode else None
+  if scoring is None or scoring.observed in ("none", "moments"):
     return None
-  scoring = compression.scoring
   return FullAttention(power=scoring.power, buffer=scoring.buffer, decode_every=scoring.decode_every)
 
 

@@ -31,9 +31,10 @@ from kvc_jax.engine.sequence import Sequence
 from kvc_jax.engine.steps import Decoded
 from kvc_jax.errors import InputError, QueueFull, check_count, check_real
 from kvc_jax.eviction.compression import Compression
+from kvc_jax.eviction.profile import HeadProfile
 from kvc_jax.eviction.score import ScoringRule, check_rule
 from kvc_jax.eviction.score_window import WindowAttention
-from kvc_jax.eviction.step import Allocation
+from kvc_jax.eviction.shares import Allocation
 from kvc_jax.kernels import backends
 from kvc_jax.model.fingerprint import fingerprint
 from kvc_jax.model.layers import DecoderLayer
@@ -168,7 +169,7 @@ class Engine:
     self._ids, self._orders = itertools.count(), itertools.count()
     self._max_waiting, self._chunks_per_step, self._swap_bytes = max_waiting, chunks_per_step, swap_bytes
     self._kinds = list(itertools.product(rules, allocations))
-    self._compiled: set[tuple[ScoringRule, Allocation]] | None = None  # until warm_up
+    self._compiled: set[tuple[Any, ...]] | None = None  # until warm_up
     self._counts: collections.Counter[str] = collections.Counter()
     self._prefix_interval, self._plan_ahead = prefix_interval, plan_ahead
     self._start_empty()
@@ -225,6 +226,15 @@ class Engine:
   def check_fits(self, name: str, prompt_tokens: int, compression: Compression | None) -> None:
     """Raises InputError where the pool is too small for a request even when nothing else runs."""
     footprint.prefill_interval(self.config, name, prompt_tokens, compression)
+    self._check_profile(compression)
+
+  def _check_profile(self, compression: Compression | None) -> None:
+    """Raises InputError where a request's head profile is for a model of another shape."""
+    if compression is None:
+      return
+    for profile in (compression.allocation, getattr(compression.scoring, "profile", None)):
+      if isinstance(profile, HeadProfile):
+        profile.check_fits(self.config.num_layers, self.config.num_kv_heads)
 
   def add(
       self, prompt: str | list[int], params: SamplingParams | None = None, compression: Compression | None = None,
@@ -250,6 +260,7 @@ class Engine:
     _check_types(params, compression)
     ids = self.encode(prompt)
     interval = footprint.prefill_interval(self.config, "the prompt", len(ids), compression)
+    self._check_profile(compression)
     self._check_queue(params.n)
     self._notice(compression)
     if params.seed is None:  # another one for every request that this engine ever serves
@@ -267,10 +278,12 @@ class Engine:
     """Says in a line that a request of a kind that `warm_up` does not know will make the engine compile."""
     if compression is None or self._compiled is None:
       return
-    kind = compression.scoring, compression.allocation
+    scoring, allocation, with_mass = compression.scoring, compression.allocation, compression.mass is not None
+    kind = (scoring, allocation, "mass") if with_mass else (scoring, allocation)
     if kind not in self._compiled:
       self._compiled.add(kind)
-      _log.warning("steps for %r with allocation %r compile while serving; give them to Engine for warm_up", *kind)
+      what, remedy = ("and mass ", "") if with_mass else ("", "; give them to Engine for warm_up")
+      _log.warning("steps for %r with allocation %r %scompile while serving%s", scoring, allocation, what, remedy)
 
   def _sequence(
       self, request_id: int, ids: list[int], params: SamplingParams, compression: Compression | None, *, sample: int,
@@ -539,7 +552,8 @@ class Engine:
     groups = collections.defaultdict(list)
     for sequence in sequences:
       assert sequence.compression is not None
-      groups[sequence.compression.scoring, sequence.compression.allocation].append(sequence)
+      compression = sequence.compression
+      groups[compression.scoring, compression.allocation, compression.mass is None].append(sequence)
     for group in groups.values():
       self._in_flight.evicted += self.batch.compress(group)
 
@@ -749,9 +763,9 @@ class Engine:
     counts = self._counts.copy()
     pairs = self._kinds if kinds is None else [(kind.scoring, kind.allocation) for kind in kinds if kind]
     todo: list[Compression | None] = [None] if kinds is None or None in kinds else []
-    todo += [
-        Compression(max_cache_tokens=1, window=1, interval=1, scoring=rule, allocation=allocation)
-        for rule, allocation in dict.fromkeys(pairs)]
+    for rule, allocation in dict.fromkeys(pairs):
+      again = None if rule.observed == "moments" else 1
+      todo.append(Compression(max_cache_tokens=1, window=1, interval=again, scoring=rule, allocation=allocation))
     for kind in tqdm.tqdm(todo, disable=not progress, unit="kind", desc="compiling"):
       self._serve_one(kind)
     if self.config.sharing:

@@ -9,7 +9,8 @@ by its tokens and by the settings that its content depends on:
 
 Scores of a rule that observes the last queries are computed anew behind the prompt, so that many queries have to
 follow a prefix. A rule that observes all queries adds to the scores of every block with every chunk: nothing of
-such a request could stay shared, and nothing of it is cached.
+such a request could stay shared, and nothing of it is cached. Nor of one whose rule takes the moments of all queries:
+those before a prefix's end are not kept.
 """
 
 import collections
@@ -100,7 +101,7 @@ class PrefixCache:
 def _settings(sequence: Sequence) -> Hashable:
   """What the KVs at a boundary depend on beside the tokens; None where they are not cached."""
   compression = sequence.compression
-  if compression is not None and compression.scoring.observed == "all":
+  if compression is not None and compression.scoring.observed in ("all", "moments"):
     return None
   if compression is None or sequence.prefill_interval is None:
     return "all KVs"

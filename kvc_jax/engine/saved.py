@@ -34,6 +34,8 @@ def settings_of(sequence: Sequence) -> dict[str, Any]:
 
 
 def _compression_settings(compression: Compression) -> dict[str, Any]:
+  if not isinstance(compression.allocation, str):
+    raise InputError("a request with a head profile cannot be saved; only allocations by name can")
   fields: dict[str, Any] = {f.name: getattr(compression, f.name) for f in dataclasses.fields(compression)}
   return {**fields, "scoring": _rule_settings(compression.scoring)}
 

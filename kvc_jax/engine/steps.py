@@ -16,10 +16,11 @@ from kvc_jax.attention.prefill import Observation, prefill_attention, score_obse
 from kvc_jax.cache import alloc, share
 from kvc_jax.cache.state import CacheState
 from kvc_jax.eviction.score import ScoringRule
-from kvc_jax.eviction.step import Allocation, Eviction
+from kvc_jax.eviction.shares import Allocation
+from kvc_jax.eviction.step import Eviction
 from kvc_jax.eviction.step import evict as evict_step
 from kvc_jax.model.flat import FlatModel
-from kvc_jax.model.llama import Llama
+from kvc_jax.model.llama import Llama, output_projections
 from kvc_jax.sampling import Logprobs, SamplingArrays, logprobs_of, most_ranks, sample
 
 DECODE_OPTIONS = {
@@ -275,13 +276,18 @@ def evict(
     sinks: jax.Array,
     first_query: jax.Array,
     keep: jax.Array,
+    least: jax.Array | None = None,
+    mass: jax.Array | None = None,
     *,
     rule: ScoringRule,
     allocation: Allocation,
+    model: Llama | FlatModel | None = None,
 ) -> tuple[CacheState, Eviction]:
-  """`kvc_jax.eviction.step.evict`, jitted and donated."""
+  """`kvc_jax.eviction.step.evict`, jitted and donated; `model` for rules that need the output projection."""
+  output = None if model is None else output_projections(_whole(model))
   return evict_step(
-      state, slots, cache_tokens, window, sinks, first_query, keep, rule=rule, allocation=allocation)
+      state, slots, cache_tokens, window, sinks, first_query, keep, rule=rule, allocation=allocation, output=output,
+      least=least, mass=mass)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -4,9 +4,10 @@ import dataclasses
 import math
 
 from kvc_jax.errors import InputError, check_count, check_real
-from kvc_jax.eviction.names import ALLOCATIONS, Allocation
+from kvc_jax.eviction.names import ALLOCATIONS
 from kvc_jax.eviction.score import ScoringRule, check_rule
 from kvc_jax.eviction.score_window import WindowAttention
+from kvc_jax.eviction.shares import Allocation, is_allocation
 
 MOST_KEPT_RANGES = 8
 """Of one request: their number is part of the eviction step's shapes."""
@@ -16,8 +17,8 @@ MOST_KEPT_RANGES = 8
 class Compression:
   """How a sequence's cache is compressed.
 
-  Give a rate, or a size, or both (the smaller budget then holds). Budgets count
-  whole blocks: ceil(C / P) for each head that shares the budget.
+  Give a rate, a size or a share of the scores, or several (the smallest budget then
+  holds). Budgets count whole blocks: ceil(C / P) for each head that shares the budget.
 
   Attributes:
     rate: r >= 1; of the KVs outside the protected window 1/r stay. Computed from
@@ -28,7 +29,8 @@ class Compression:
     sinks: first tokens of every head that are never evicted.
     scoring: what a KV is worth.
     allocation: heads that share a budget: "all" of the sequence (KV-Compress),
-      those of a "layer" (as Ada-KV), or each "head" alone (as SnapKV).
+      those of a "layer" (as Ada-KV), or each "head" alone (as SnapKV); "pyramid" gives each head a
+      budget of its own that falls from layer to layer (PyramidKV), a `HeadProfile` one from a file.
     interval: decode steps from one compression to the next; None compresses
       once, after the prompt.
     keep: ranges (start, end) of token positions that are never evicted, such as a
@@ -39,6 +41,10 @@ class Compression:
     on_demand: an engine that is short of memory may compress the request down to its
       budget at any time, instead of making it wait. Its text then depends on what
       else is served.
+    mass: the smallest cache that keeps this share (0 to 1) of the sum of scores, in each group of
+      heads that share a budget: of the attention observed, with a rule of power 1. Protected KVs
+      count. How much that is depends on the prompt, so an engine admits the request as if nothing were evicted.
+    safeguard: share of the budget that every head keeps at least where heads compete; Ada-KV's is 0.2.
   """
 
   rate: float | None = None
@@ -51,10 +57,12 @@ class Compression:
   keep: tuple[tuple[int, int], ...] | list[tuple[int, int]] = ()
   prefill_interval: int | None = None
   on_demand: bool = False
+  mass: float | None = None
+  safeguard: float = 0.0
 
   def __post_init__(self):
-    if self.rate is None and self.max_cache_tokens is None:
-      raise InputError("Compression: give a rate or max_cache_tokens")
+    if self.rate is None and self.max_cache_tokens is None and self.mass is None:
+      raise InputError("Compression: give a rate or max_cache_tokens, or mass")
     if self.rate is not None:
       check_real("Compression: rate", self.rate, at_least=1, hint="a number of at least 1 (8 keeps one KV in eight)")
     check_count("Compression: window", self.window, at_least=1)
@@ -67,14 +75,33 @@ class Compression:
           f"Compression: max_cache_tokens ({self.max_cache_tokens}) is below window + sinks "
           f"({self.window} + {self.sinks}), which are never evicted; raise it or shrink the window")
     check_rule(self.scoring)
-    if self.allocation not in ALLOCATIONS:
-      raise InputError(f"Compression: allocation is {self.allocation!r}; give one of {', '.join(ALLOCATIONS)}")
+    if not is_allocation(self.allocation):
+      raise InputError(
+          f"Compression: allocation is {self.allocation!r}; give one of {', '.join(ALLOCATIONS)}, or a HeadProfile")
+    self._check_mass_and_safeguard()
     if self.interval is not None:
       check_count("Compression: interval", self.interval, at_least=1, hint=" decode steps, or None for once")
     if self.prefill_interval is not None:
       check_count("Compression: prefill_interval", self.prefill_interval, at_least=1, hint=" tokens, or None")
+    if self.scoring.observed == "moments" and self.scores_decode:
+      raise InputError(
+          f"Compression: {type(self.scoring).__name__} scores prompts alone; leave interval and on_demand out")
     if not isinstance(self.on_demand, bool):
       raise InputError(f"Compression: on_demand is {self.on_demand!r}; give True or False")
+
+  def _check_mass_and_safeguard(self):
+    for name in ("mass", "safeguard"):
+      share = getattr(self, name)
+      if share is not None:
+        check_real(f"Compression: {name}", share, at_least=0, hint="a number from 0 to 1")
+        if share > 1:
+          raise InputError(f"Compression: {name} is {share}; give a number from 0 to 1")
+    if self.mass is not None and self.scoring.observed == "none":
+      raise InputError(
+          f"Compression: mass is a share of the scores, but {type(self.scoring).__name__} keeps none; give a rule that "
+          "observes queries, or a rate")
+    if self.safeguard and self.allocation not in ("all", "layer"):
+      raise InputError("Compression: safeguard is for allocations in which heads compete; give all or layer")
 
   def _check_keep(self):
     pairs = self.keep if isinstance(self.keep, (tuple, list)) else (None,)
@@ -100,6 +127,10 @@ class Compression:
     """
     protected = self.window + self.sinks + sum(end - start for start, end in self.keep)
     return max(self.cache_tokens(num_tokens), min(num_tokens, protected))
+
+  def least_tokens(self, num_tokens: int) -> int:
+    """Tokens that every head keeps at least, of a sequence that has seen `num_tokens`."""
+    return int(self.safeguard * self.cache_tokens(num_tokens))
 
   def cache_tokens(self, num_tokens: int) -> int:
     """Budget C, tokens per head, of a sequence that has seen `num_tokens`."""

@@ -2,7 +2,11 @@
 
 from typing import Literal, get_args
 
-SCORINGS = ("window", "full", "random")
+SCORINGS = (
+    "window", "full", "random", "snapkv", "h2o", "tova", "streaming", "key-norm", "keydiff", "expected", "critical")
 
-Allocation = Literal["all", "layer", "head"]
-ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+AllocationName = Literal["all", "layer", "head", "pyramid"]
+ALLOCATIONS: tuple[AllocationName, ...] = get_args(AllocationName)
+
+PROFILE = "profile"
+"""Name of the allocation that a file gives: on a command line, and over HTTP that of the server."""

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import jax
 
-from kvc_jax.eviction.score import HeldKVs, check_attention_rule, mean_over_queries
+from kvc_jax.eviction.score import HeldKVs, Observed, check_attention_rule, mean_over_queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class FullAttention:
       score about 3% slower than 2 does.
   """
 
-  observed: ClassVar[Literal["none", "last", "all"]] = "all"
+  observed: ClassVar[Observed] = "all"
   queries: ClassVar[int] = 0
   pooling: ClassVar[int] = 1
   power: int = 2

@@ -1,12 +1,12 @@
 """Random worth: the baseline that any rule has to beat."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from kvc_jax.eviction.score import HeldKVs
+from kvc_jax.eviction.score import HeldKVs, Observed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class RandomScore:
   So the choice depends neither on the batch nor on how the prompt was chunked.
   """
 
-  observed: ClassVar[Literal["none", "last", "all"]] = "none"
+  observed: ClassVar[Observed] = "none"
   queries: ClassVar[int] = 0
   power: ClassVar[int] = 2
   buffer: ClassVar[int] = 0

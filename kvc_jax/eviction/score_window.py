@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import jax
 
-from kvc_jax.eviction.score import HeldKVs, check_attention_rule, mean_over_queries
+from kvc_jax.eviction.score import HeldKVs, Observed, check_attention_rule, mean_over_queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class WindowAttention:
       score about 3% slower than 2 does.
   """
 
-  observed: ClassVar[Literal["none", "last", "all"]] = "last"
+  observed: ClassVar[Observed] = "last"
   queries: int = 16
   power: int = 2
   pooling: int = 7

@@ -10,7 +10,7 @@ cost of a block is KV-Compress's (arXiv 2410.00161), which sorts instead.
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from kvc_jax.kernels.bit_search import NEVER, smallest
 from kvc_jax.kernels.count_at_most import bits_per_step, count_at_most
@@ -32,6 +32,7 @@ def select(
     tables: Int[Array, "heads max_blocks"],
     lengths: Int[Array, " heads"],
     excess: Int[Array, " groups"],
+    most: Int[Array, " heads"] | None = None,
 ) -> tuple[Int[Array, " heads"], Int[Array, " heads"], Bool[Array, "heads kvs"]]:
   """Chooses the cheapest blocks of each group and the KVs that pay for them.
 
@@ -45,6 +46,7 @@ def select(
     lengths: i32 [R] KVs of each head.
     excess: i32 [E] blocks to free in each group, which is R / E neighbouring
       heads; fewer are freed where fewer can be.
+    most: i32 [R] blocks that each head may lose; None for any number.
 
   Returns:
     i32 [R] blocks freed and KVs evicted of each head, and True [R, M*P] for each
@@ -52,14 +54,10 @@ def select(
   """
   block_size = positions.shape[1]
   heads = lengths.shape[0] // excess.shape[0]
-  last_block = jnp.where(lengths > 0, lax.rem(lengths - 1, jnp.int32(block_size)) + 1, 0)[:, None]
 
   def blocks_up_to(thresholds: Array) -> Array:
     """Blocks that the KVs up to each threshold [groups, T] pay for, [groups, heads, T]."""
-    count = count_at_most(keys, thresholds, lengths)
-    paid = (count >= last_block) & (last_block > 0)
-    blocks = jnp.where(paid, 1 + lax.div(count - last_block, jnp.int32(block_size)), 0)
-    return blocks.reshape(-1, heads, thresholds.shape[1])
+    return _blocks_up_to(keys, lengths, thresholds, block_size, most).reshape(-1, heads, thresholds.shape[1])
 
   threshold = smallest(
       lambda t: jnp.sum(blocks_up_to(t), axis=1) >= excess[:, None], excess.shape, step_bits=bits_per_step())
@@ -71,5 +69,70 @@ def select(
   left = jnp.maximum(excess - jnp.sum(below, axis=1), 0)[:, None]
   before = jnp.cumsum(at_threshold, axis=1) - at_threshold
   freed = jnp.where(excess[:, None] > 0, below + jnp.clip(left - before, 0, at_threshold), 0).reshape(-1)
-  evictions = jnp.where(freed > 0, last_block[:, 0] + (freed - 1) * block_size, 0)
+  evictions = _evictions(lengths, freed, block_size)
   return freed, evictions, lowest_kvs(keys, positions, tables, lengths, evictions)
+
+
+def excess_by_mass(
+    keys: UInt32[Array, "heads kvs"],
+    scores: Float[Array, "heads kvs"],
+    lengths: Int[Array, " heads"],
+    lost: Float[Array, " seqs"],
+    num_groups: int,
+    block_size: int,
+    most: Int[Array, " heads"] | None = None,
+) -> Int[Array, " groups"]:
+  """Blocks of each group that can go while the scores evicted sum to no more than a share of all held.
+
+  The blocks that `select` then frees are those that cost up to a threshold, the highest that keeps
+  the sum within bounds; blocks of equal cost go together or stay together.
+
+  Args:
+    keys: u32 [R, M*P], as for `select`.
+    scores: f32 [R, M*P] not negative; whatever is not held is ignored.
+    lengths: i32 [R] KVs of each head.
+    lost: f32 [B] share of the sum that may go, for R / B neighbouring heads each.
+    num_groups: E, of R / E neighbouring heads; a multiple of B.
+    block_size: P.
+    most: as for `select`.
+
+  Returns:
+    i32 [E].
+  """
+  heads = lengths.shape[0] // num_groups
+  held = jnp.arange(keys.shape[1], dtype=jnp.int32) < lengths[:, None]
+  scores = jnp.where(held, scores, 0.0)
+  allowed = jnp.sum(scores.reshape(num_groups, -1), axis=1) * jnp.repeat(lost, num_groups // lost.shape[0])
+  order = jnp.argsort(jnp.where(held, keys, NEVER), axis=1)
+  running = jnp.cumsum(jnp.take_along_axis(scores, order, axis=1), axis=1)
+  running = jnp.pad(running, ((0, 0), (1, 0)))  # [R, M*P + 1]: of the n lowest
+
+  def loses_more(thresholds: Array) -> Array:
+    blocks = _blocks_up_to(keys, lengths, thresholds, block_size, most)
+    gone = _evictions(lengths[:, None], blocks, block_size)
+    sums = jnp.take_along_axis(running, gone, axis=1)
+    return jnp.sum(sums.reshape(num_groups, heads, -1), axis=1) > allowed[:, None]
+
+  first_too_high = smallest(loses_more, (num_groups,), step_bits=bits_per_step())
+  threshold = jnp.maximum(first_too_high, 1) - 1
+  blocks = _blocks_up_to(keys, lengths, jnp.minimum(threshold, NEVER - 1)[:, None], block_size, most)
+  return jnp.where(first_too_high > 0, jnp.sum(blocks.reshape(num_groups, heads), axis=1), 0)
+
+
+def _last_block(lengths: Array, block_size: int) -> Array:
+  """KVs in each head's last block; 0 where there is none."""
+  return jnp.where(lengths > 0, lax.rem(lengths - 1, jnp.int32(block_size)) + 1, 0)
+
+
+def _blocks_up_to(keys: Array, lengths: Array, thresholds: Array, block_size: int, most: Array | None) -> Array:
+  """Blocks of each head, [R, T], that its KVs up to the thresholds [E, T] of its group pay for."""
+  last_block = _last_block(lengths, block_size)[:, None]
+  count = count_at_most(keys, thresholds, lengths)
+  paid = (count >= last_block) & (last_block > 0)
+  blocks = jnp.where(paid, 1 + lax.div(count - last_block, jnp.int32(block_size)), 0)
+  return blocks if most is None else jnp.minimum(blocks, most[:, None])
+
+
+def _evictions(lengths: Array, freed: Array, block_size: int) -> Array:
+  """KVs that go with so many blocks of a head."""
+  return jnp.where(freed > 0, _last_block(lengths, block_size) + (freed - 1) * block_size, 0)

@@ -145,6 +145,18 @@ def _row(stacked: jax.Array, index: jax.Array) -> jax.Array:
   return lax.dynamic_index_in_dim(stacked, index, keepdims=False)
 
 
+def output_projections(model: Llama) -> jax.Array | list[jax.Array]:
+  """What each query head's output goes through: [L, H*G, D, E], or one [H*G, D, E] for each layer apart."""
+  config = model.config
+
+  def by_head(kernel: jax.Array) -> jax.Array:
+    return kernel.reshape(*kernel.shape[:-2], config.num_heads, config.head_dim, kernel.shape[-1])
+
+  if isinstance(model.layers, DecoderLayer):
+    return by_head(model.layers.attention.o_proj.kernel[...])
+  return [by_head(layer.attention.o_proj.kernel[...]) for layer in model.layers]
+
+
 def abstract_llama(config: LlamaConfig, dtype: DTypeLike, *, stacked: bool = True) -> Llama:
   """A model whose parameters are shapes and dtypes only; nothing is allocated."""
   form = (lambda model: model) if stacked else unstack_layers

@@ -36,7 +36,7 @@ def _llama3_scaled(freqs: np.ndarray, config: RopeConfig) -> np.ndarray:
 def apply_rope(
     x: Float[Array, "tokens heads head_dim"],
     positions: Int[Array, " tokens"],
-    frequencies: np.ndarray,
+    frequencies: np.ndarray | jax.Array,
 ) -> Float[Array, "tokens heads head_dim"]:
   """Rotates each pair (i, i + D/2) by position times frequency; f32 inside, dtype of `x` out."""
   angles = positions.astype(jnp.float32)[:, None] * frequencies  # [T, D/2]

@@ -8,9 +8,11 @@ from typing import Any, Literal
 from kvc_jax.engine.request import MOST_SAMPLES, SamplingParams
 from kvc_jax.errors import LARGEST_COUNT, InputError
 from kvc_jax.eviction.compression import Compression
-from kvc_jax.eviction.names import ALLOCATIONS, SCORINGS
+from kvc_jax.eviction.names import ALLOCATIONS, PROFILE, SCORINGS
+from kvc_jax.eviction.profile import HeadProfile
 from kvc_jax.eviction.rules import RULES
 from kvc_jax.eviction.score import ScoringRule
+from kvc_jax.eviction.score_head_bias import HeadBias
 from kvc_jax.sampling import MOST_LOGPROBS
 from kvc_jax.serving.api_error import ApiError
 
@@ -247,8 +249,11 @@ FIELDS: dict[str, Field] = {
     "protected_window_size": Field(_whole(1, LARGEST_COUNT), "the reference's name of `window`"),
     "sinks": Field(_whole(0, LARGEST_COUNT), "first tokens that always stay; 0 by default"),
     "keep": Field(_ranges, "[[start, end], ...] token positions that always stay"),
-    "scoring": Field(_one_of(*SCORINGS), "what a KV is worth: window (default), full or random"),
-    "allocation": Field(_one_of(*ALLOCATIONS), "heads that share a budget: all (default), layer or head"),
+    "scoring": Field(_one_of(*SCORINGS), f"what a KV is worth: {', '.join(SCORINGS)}; window by default"),
+    "allocation": Field(_one_of(*ALLOCATIONS, PROFILE), "heads that share a budget: all (default), layer or head; "
+                        "pyramid, or the server's own profile, give each head one"),
+    "safeguard": Field(_real(0, 1), "share of the budget that every head keeps at least, with all or layer"),
+    "mass": Field(_real(0, 1), "keep the smallest cache with this share of the scores' sum"),
     "interval": Field(_whole(1, LARGEST_COUNT), "decode steps between compressions; once by default"),
     "compress_once": Field(_flag, "the reference's field: false is an interval of one block's tokens"),
     "best_of": Field(_only(1), "only 1", ("completions",)),
@@ -276,8 +281,8 @@ _CHAT_LOGPROBS = Field(_flag, "", ("chat",))
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos",
              "skip_special_tokens")
-_BUDGETS = ("rate", "max_cache_tokens")
-_COMPRESSION = ("window", "protected_window_size", "sinks", "keep", "scoring", "allocation", "interval",
+_BUDGETS = ("rate", "max_cache_tokens", "mass")
+_COMPRESSION = ("window", "protected_window_size", "sinks", "keep", "scoring", "allocation", "safeguard", "interval",
                 "compress_once")
 
 
@@ -363,6 +368,8 @@ def _compression(given: Mapping[str, Any], defaults: Defaults) -> Compression | 
       raise ApiError(400, f"{name} compresses nothing without rate or max_cache_tokens; give one of them", param=name)
     return defaults.compression
   _take_reference_names(options, defaults)
+  if options.get("allocation") == PROFILE:
+    options["allocation"] = _own_profile(defaults.compression)
   if "scoring" in options:
     options["scoring"] = named_rule(options["scoring"], defaults.compression)
   try:
@@ -376,7 +383,15 @@ def _compression(given: Mapping[str, Any], defaults: Defaults) -> Compression | 
 def named_rule(name: str, own: Compression | None) -> ScoringRule:
   """The rule that a request names: the server's own numbers or the default ones, as others would compile anew."""
   rule = RULES[name]
-  return own.scoring if own is not None and isinstance(own.scoring, rule) else rule()
+  scoring = None if own is None else own.scoring
+  inner = scoring.rule if isinstance(scoring, HeadBias) else scoring
+  return scoring if scoring is not None and type(inner) is rule else rule()
+
+
+def _own_profile(own: Compression | None) -> HeadProfile:
+  if own is None or not isinstance(own.allocation, HeadProfile):
+    raise ApiError(400, f"this server has no head profile; give one of {', '.join(ALLOCATIONS)}", param="allocation")
+  return own.allocation
 
 
 def _take_reference_names(options: dict[str, Any], defaults: Defaults) -> None:

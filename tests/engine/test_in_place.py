@@ -15,9 +15,14 @@ from kvc_jax.cache.share import hold
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.config import LlamaConfig, RopeConfig
 from kvc_jax.engine import steps
+from kvc_jax.eviction.score_critical import CriticalKV
+from kvc_jax.eviction.score_expected import ExpectedAttention
 from kvc_jax.eviction.score_full import FullAttention
+from kvc_jax.eviction.score_keydiff import KeyDiff
+from kvc_jax.eviction.score_tova import TOVA
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.model.llama import abstract_llama
+from kvc_jax.model.rope import inverse_frequencies
 from kvc_jax.sampling import SamplingArrays
 
 SLOTS, TOKENS, BLOCK = 16, 4096, 16
@@ -61,15 +66,19 @@ def _prefill(rule):
   return steps.prefill_chunk.lower(LLAMA, STATE, observation, _ints(256), _ints(), _ints(), rule=rule)
 
 
-def _evict(allocation):
+def _evict(allocation, rule=None, mass=False):
   rows = (_ints(4),) * 5
-  return steps.evict.lower(STATE, *rows, _ints(4, 8, 2), rule=WindowAttention(), allocation=allocation)
+  share = jax.ShapeDtypeStruct((4,), jnp.float32) if mass else None
+  model = LLAMA if isinstance(rule, CriticalKV) else None
+  return steps.evict.lower(
+      STATE, *rows, _ints(4, 8, 2), _ints(4), share, rule=rule or WindowAttention(), allocation=allocation, model=model)
 
 
-def _score():
-  rule = WindowAttention()
+def _score(rule=None):
+  rule = rule or WindowAttention()
+  frequencies = inverse_frequencies(MODEL.rope, MODEL.head_dim)
   observation = jax.eval_shape(
-      lambda: init_observation(rule, MODEL.num_layers, MODEL.num_heads, MODEL.head_dim, jnp.bfloat16))
+      lambda: init_observation(rule, MODEL.num_layers, MODEL.num_heads, MODEL.head_dim, jnp.bfloat16, frequencies))
   return steps.score_prompt.lower(STATE, observation, _ints(), scale=0.1, rule=rule)
 
 
@@ -83,6 +92,12 @@ LOWERED = {
     "score the prompt": _score,
     "evict over all": lambda: _evict("all"),
     "evict per head": lambda: _evict("head"),
+    "evict in a pyramid": lambda: _evict("pyramid"),
+    "evict by mass": lambda: _evict("all", mass=True),
+    "evict by keys": lambda: _evict("all", KeyDiff()),
+    "evict by the last token": lambda: _evict("layer", TOVA()),
+    "evict by values": lambda: _evict("head", CriticalKV()),
+    "score by moments": lambda: _score(ExpectedAttention()),
     "release": lambda: steps.release.lower(STATE, _ints(1)),
     "release what is shared": lambda: steps.release.lower(SHARED, _ints(2)),
     "hold": lambda: steps.hold.lower(SHARED, _ints()),

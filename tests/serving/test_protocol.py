@@ -2,9 +2,10 @@
 
 import pytest
 
-from kvc_jax import Compression, FullAttention, RandomScore, WindowAttention
+from kvc_jax import H2O, Compression, FullAttention, WindowAttention
 from kvc_jax.eviction.names import SCORINGS
 from kvc_jax.eviction.rules import RULES
+from kvc_jax.serving.api_error import ApiError
 from kvc_jax.serving.protocol import Defaults, parse_call
 
 OWN = Compression(
@@ -21,6 +22,9 @@ def _compression(fields, own):
     ({}, None),
     ({"rate": 2}, Compression(rate=2)),
     ({"rate": 2, "scoring": "full"}, Compression(rate=2, scoring=FullAttention())),
+    ({"mass": 0.9}, Compression(mass=0.9)),
+    ({"rate": 2, "mass": 0.9, "allocation": "pyramid"}, Compression(rate=2, mass=0.9, allocation="pyramid")),
+    ({"rate": 2, "safeguard": 0.2, "allocation": "layer"}, Compression(rate=2, safeguard=0.2, allocation="layer")),
     ({"rate": 2, "compress_once": False}, Compression(rate=2, interval=4)),
     ({"rate": 2, "compress_once": True}, Compression(rate=2)),
 ])
@@ -36,6 +40,8 @@ def test_without_a_compression_of_the_server(fields, compression):
     ({"rate": 2, "window": 4, "keep": []}, {"rate": 2, "window": 4, "keep": ()}),
     ({"rate": 2, "scoring": "full"}, {"rate": 2}),  # with the server's numbers, which are compiled
     ({"rate": 2, "scoring": "window"}, {"rate": 2, "scoring": WindowAttention()}),
+    ({"mass": 0.9}, {"rate": None, "mass": 0.9}),
+    ({"rate": 2, "scoring": "h2o"}, {"rate": 2, "scoring": H2O()}),
     ({"rate": 2, "compress_once": True}, {"rate": 2, "interval": None}),
     ({"rate": 2, "compress_once": False}, {"rate": 2, "interval": 4}),
 ])
@@ -49,5 +55,13 @@ def test_minus_one_asks_for_none():
 
 
 def test_every_name_has_its_rule():
-  assert {name: RULES[name] for name in SCORINGS} == {
-      "window": WindowAttention, "full": FullAttention, "random": RandomScore}
+  assert {name: RULES[name] for name in ("window", "full", "random", "snapkv", "h2o", "tova", "streaming", "key-norm",
+                                         "keydiff", "expected", "critical")} == RULES
+  assert set(SCORINGS) == set(RULES)
+  for name, rule in RULES.items():
+    assert _compression({"rate": 2, "scoring": name}, None) == Compression(rate=2, scoring=rule())
+
+
+def test_a_rule_that_only_scores_prompts_is_refused_with_an_interval():
+  with pytest.raises(ApiError, match="scores prompts alone"):
+    _compression({"rate": 2, "scoring": "expected", "interval": 4}, None)
