@@ -14,8 +14,6 @@ from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine.prefix_cache import PrefixCache
 from kvc_jax.engine.sequence import Sequence
 
-pytestmark = pytest.mark.optimized
-
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
 LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 3
 RULES = (WindowAttention(queries=8), FullAttention(), RandomScore())
