@@ -1,7 +1,16 @@
-"""Shared by all tests: GPU tests are skipped without a GPU, the server's without the extra `serve`."""
+"""Shared by all tests: GPU tests are skipped without a GPU, the server's without the extra `serve`,
+and compiling is cheap.
+
+Most of the tests' time is XLA's. What one test, worker or child process compiled, the others read from a cache
+that lasts for the run; with JAX_COMPILATION_CACHE_DIR set, it stays. And XLA leaves out the costly part of
+optimising, which changes no more than rounding: a module whose tests compare programs bit for bit says
+`pytestmark = pytest.mark.optimized` and gets what users get.
+"""
 
 import importlib.util
 import os
+import shutil
+import tempfile
 
 # Two cores deadlock when several CPU devices are simulated; must be set before JAX starts.
 os.environ.setdefault("NPROC", "16")
@@ -11,11 +20,39 @@ import pytest
 
 collect_ignore = [] if importlib.util.find_spec("uvicorn") else ["serving"]
 
+CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
+
+
+def pytest_configure(config):
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else given, or by the process that started this worker
+    config.own_cache = tempfile.mkdtemp(prefix="kvc-jax-compiled-")
+    os.environ |= CACHE | {"JAX_COMPILATION_CACHE_DIR": config.own_cache}
+  jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_unconfigure(config):
+  if hasattr(config, "own_cache"):
+    shutil.rmtree(config.own_cache, ignore_errors=True)
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+
 
 def pytest_collection_modifyitems(items):
   if jax.default_backend() == "gpu":
+    jax.config.update("jax_enable_compilation_cache", False)  # kernels are tested as they come from the compiler
     return
   skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
   for item in items:
     if "gpu" in item.keywords:
       item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_cheaply(request):
+  """Sets how much XLA optimises, in child processes too. Jitted functions do not know it: a change makes them anew."""
+  cheap = jax.default_backend() == "cpu" and request.node.get_closest_marker("optimized") is None
+  if jax.config.read("jax_disable_most_optimizations") != cheap:
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", cheap)
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(cheap))

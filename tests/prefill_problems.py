@@ -39,10 +39,15 @@ def make_problem(
     seed, lengths, *, tokens=24, count=None, group=2, head_dim=16, block_size=4, spare_columns=3, dtype=jnp.float32,
     pool_dtype=None, layers=2, slots=2,
 ) -> PrefillProblem:
-  """A chunk of `tokens` rows behind a prefix of `lengths` [H] KVs, in the last layer and slot."""
+  """A chunk of `tokens` rows behind a prefix of `lengths` [H] KVs, in the last layer and slot.
+
+  Tables have `spare_columns` or more behind the longest head: their width is rounded up, so that problems that
+  differ in `lengths` alone run one compiled program.
+  """
   rng = np.random.default_rng(seed)
   heads = len(lengths)
   columns = -(-max(lengths) // block_size) + spare_columns
+  columns += -columns % 16
   num_blocks = heads * columns + 8
   ids = rng.permutation(np.arange(1, num_blocks))
   tables = np.zeros((layers, slots, heads, columns), np.int32)

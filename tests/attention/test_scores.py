@@ -51,9 +51,13 @@ def _prefill(qkv, chunk, rule):
     state = poison(state)
     outs.append(np.asarray(out)[:, :count])
   if rule is not None:
-    state = score_observed(state, observation, jnp.int32(SLOT), scale=SCALE, rule=rule)
+    state = _score_observed(state, observation, jnp.int32(SLOT), scale=SCALE, rule=rule)
   check_invariants(state)
   return np.concatenate(outs, axis=1), state
+
+
+_evict = jax.jit(evict, static_argnames="rule")
+_score_observed = jax.jit(score_observed, static_argnames=("scale", "rule"))
 
 
 def _random_qkv(seed, tokens):
@@ -120,7 +124,7 @@ def test_scores_behind_an_eviction_replace_the_old_and_pool_neighbours_by_positi
   rule = WindowAttention(queries=6, pooling=3)
   qkv = _random_qkv(8, 37)
   _, state = _prefill(qkv, 64, rule)
-  state, _ = evict(state, jnp.array([SLOT]), jnp.array([15]), jnp.array([4]), jnp.array([2]), rule=rule)
+  state, _ = _evict(state, jnp.array([SLOT]), jnp.array([15]), jnp.array([4]), jnp.array([2]), rule=rule)
   held = [[[p for p, _ in head] for head in layer] for layer in held_kvs(state, SLOT)]
   assert any(len(head) < 37 for layer in held for head in layer)
   observation = Observation(*(jnp.zeros((2, 6, HEADS * GROUP, *d)) for d in ((DIM,), ())))
@@ -134,7 +138,7 @@ def test_scores_behind_an_eviction_replace_the_old_and_pool_neighbours_by_positi
         observation.queries.at[layer].set(qkv[0][layer][-6:]), observation.log_sums.at[layer].set(np.array(sums)))
     held[layer] = [(head, (logits[n * GROUP : (n + 1) * GROUP] ** 2).sum(axis=1)[:, head])
                    for n, head in enumerate(held[layer])]
-  state = score_observed(poison(state), observation, jnp.int32(SLOT), scale=SCALE, rule=rule)
+  state = _score_observed(poison(state), observation, jnp.int32(SLOT), scale=SCALE, rule=rule)
   for layer, head in np.ndindex(2, HEADS):
     positions, sums = held[layer][head]
     expected = sum(np.array([row[max(0, i - 1) : i + 2].max() for i in range(len(row))]) for row in sums)
@@ -193,6 +197,7 @@ def test_a_cache_without_query_heads_cannot_score():
   _decode(state, _random_qkv(3, CONFIG.num_slots), None)
 
 
+@functools.partial(jax.jit, static_argnames="rule")
 def _decode(state, qkv, rule):
   """One decode step of SLOT."""
   state, _ = allocate(state, jnp.array([SLOT]), jnp.array([1]), max_count=1)

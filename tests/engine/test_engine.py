@@ -1,4 +1,4 @@
-"""`Engine` on the shipped model: the text does not depend on the load, nothing compiles while serving."""
+"""`Engine` on the shipped model: the text does not depend on the load."""
 
 import collections
 import dataclasses
@@ -17,7 +17,6 @@ from kvc_jax import (
     Engine,
     FullAttention,
     InputError,
-    QueueFull,
     RandomScore,
     SamplingParams,
     WindowAttention,
@@ -26,6 +25,8 @@ from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.engine import _worthwhile_steps
 from kvc_jax.engine.sequence import Sequence
+
+pytestmark = pytest.mark.optimized
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
 LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 5
@@ -141,44 +142,6 @@ def test_a_crowd_swaps_and_starts_over_and_loses_nothing(tight, alone, monkeypat
     _check_empty(tight)
 
 
-def test_nothing_compiles_after_warm_up():
-  """Counted by JAX itself, under a load of all kinds in a pool that is too small for it."""
-  rules = (WindowAttention(queries=7), FullAttention(buffer=3))
-  engine = Engine(
-      STORIES, max_num_seqs=4, block_size=4, chunk_size=24, max_model_len=256, num_blocks=621, rules=rules,
-      allocations=("all", "layer"), steps_per_sync=5)
-  compiled = []
-
-  def on_event(name, seconds, **_):
-    if name == "/jax/core/compile/backend_compile_duration":
-      compiled.append(name)
-
-  jax.monitoring.register_event_duration_secs_listener(on_event)
-  try:
-    engine.warm_up()
-    assert compiled
-    assert engine.stats() == dataclasses.replace(engine.stats(), prompt_tokens=0, generated_tokens=0, compressions=0)
-    compiled.clear()
-    for rule in rules:
-      for i, allocation in enumerate(("all", "layer")):
-        compression = Compression(
-            rate=3, window=4 + i, interval=3 + i, scoring=rule, allocation=allocation, keep=[(1, 5)] * i, sinks=i)
-        engine.add(LONG[: 100 + 40 * i], dataclasses.replace(DRAWN, n=1 + i), compression, return_positions=bool(i))
-    for i, (prompt, params, _) in enumerate(REQUESTS):
-      engine.add(prompt[: 60 + i], params, Compression(rate=2, scoring=rules[0], prefill_interval=9) if i % 2 else None)
-      engine.step()
-    cancelled = engine.add("", GREEDY)
-    engine.step()
-    assert engine.cancel(cancelled)
-    _serve(engine)
-    assert engine.stats().swaps
-    assert engine.kvs_kept().sum() == 0
-    assert compiled == []
-  finally:
-    jax.monitoring.unregister_event_duration_listener(on_event)
-  _check_empty(engine)
-
-
 def test_another_rule_compiles_when_it_comes_and_says_so_once(roomy, caplog, monkeypatch):
   monkeypatch.setattr(roomy, "_compiled", set(roomy._kinds))  # as behind warm_up
   with caplog.at_level(logging.WARNING, logger="kvc_jax"):
@@ -292,34 +255,6 @@ def test_cancel_frees_at_once(roomy):
   _check_empty(roomy)
   assert not roomy.has_work
   assert roomy.step() == []
-
-
-def test_a_full_queue_refuses():
-  """Free slots are there for as many beside those that may wait; a slot that is taken is not."""
-  engine = Engine(STORIES, max_num_seqs=2, block_size=4, chunk_size=32, max_model_len=64, max_waiting=1)
-  refused = pytest.raises(QueueFull, match="may wait beside them; try again later")
-  with refused:
-    engine.add("a", SamplingParams(n=4))
-  engine.add("a", SamplingParams(n=3))
-  with refused:
-    engine.add("b")
-  while engine.stats().running < 2:
-    engine.step()
-  assert engine.stats().waiting == 1
-  with refused:
-    engine.add("b")
-
-
-def test_an_engine_without_a_queue_fills_its_slots():
-  engine = Engine(STORIES, max_num_seqs=2, block_size=4, chunk_size=32, max_model_len=64, max_waiting=0)
-  engine.warm_up()
-  params = dataclasses.replace(GREEDY, max_tokens=2)
-  for _ in range(2):
-    engine.add("a", params)
-    engine.add("b", params)
-    with pytest.raises(QueueFull):
-      engine.add("c", params)
-    assert len(_serve(engine)) == 2
 
 
 def test_compression_on_demand_lets_others_start(tight):

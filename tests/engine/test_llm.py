@@ -1,4 +1,4 @@
-"""`LLM` on the shipped model: exactness, freed memory, compiles, stops, streaming."""
+"""`LLM` on the shipped model: freed memory, compiles, stops, streaming."""
 
 import dataclasses
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 import stepwise
 from builders import held_keys_and_values, poison
 
-from kvc_jax import LLM, Compression, FullAttention, RandomScore, SamplingParams, WindowAttention
+from kvc_jax import LLM, Compression, SamplingParams
 from kvc_jax.attention.decode import decode_attention
 from kvc_jax.cache.alloc import allocate
 from kvc_jax.cache.state import check_invariants
@@ -23,6 +23,9 @@ STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 5
 
+# Engines of one shape run the same compiled programs: a test takes another shape only where it is about that.
+TIGHT = 12 * 20 + 1  # blocks of a pool that holds 48 KVs of each of 20 heads
+
 
 @pytest.fixture(scope="module")
 def llm():
@@ -32,54 +35,6 @@ def llm():
 def _sequence(llm, prompt, compression):
   return Sequence(
       request_id=0, prompt=llm.tokenizer.encode(prompt), params=GREEDY, compression=compression, output=None)
-
-
-def _logits(llm, compression, tokens):
-  """Logits behind the prompt and behind each of `tokens` greedy decode steps."""
-  batch = Batch(llm.engine.model, llm.config, 32)
-  sequence = _sequence(llm, LONG[:180], compression)
-  logits = [np.asarray(stepwise.prefill(batch, sequence))]
-  for _ in range(tokens):
-    if compression and (not sequence.steps or (compression.interval and sequence.steps % compression.interval == 0)):
-      stepwise.compress(batch, sequence)
-    sequence.token_ids.append(int(logits[-1].argmax()))
-    step, ok = stepwise.decode(batch, [sequence])
-    assert ok[sequence.slot]
-    logits.append(np.asarray(step[sequence.slot]))
-  return np.array(logits)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_budget_at_least_the_length_is_bit_identical(dtype):
-  llm = LLM(STORIES, dtype=dtype, max_num_seqs=2, block_size=4, chunk_size=32)
-  plain = _logits(llm, None, 20)
-  for compression in (
-      Compression(rate=1, interval=1, scoring=WindowAttention()),
-      Compression(max_cache_tokens=400, interval=1, scoring=FullAttention(), allocation="head"),
-      Compression(rate=1, max_cache_tokens=400, interval=4, scoring=RandomScore(), allocation="layer"),
-      Compression(rate=1, scoring=FullAttention())):
-    np.testing.assert_array_equal(_logits(llm, compression, 20), plain)
-  smaller = _logits(llm, Compression(rate=2.0, interval=1), 20)
-  assert (smaller[1:] != plain[1:]).any(axis=-1).all()  # the comparison can fail
-
-
-def test_text_is_the_same_alone_and_in_a_batch(llm):
-  prompts = ["", LONG, "Once upon a time", "The dog was sad. ", LONG[:150]]
-  together = llm.generate(prompts, GREEDY, Compression(rate=4, interval=4))
-  for prompt, output in zip(prompts, together, strict=True):
-    (alone,) = llm.generate(prompt, GREEDY, Compression(rate=4, interval=4))
-    assert (alone.text, alone.token_ids) == (output.text, output.token_ids)
-    assert (alone.receipt.kvs_kept == output.receipt.kvs_kept).all()
-
-
-def test_chunk_size_changes_neither_text_nor_what_is_kept():
-  """Chunks of 7 and of 300 give the same text and keep the same positions."""
-  kept = []
-  for chunk_size in (7, 300):
-    llm = LLM(STORIES, max_num_seqs=1, block_size=4, chunk_size=chunk_size)
-    (output,) = llm.generate(LONG, GREEDY, Compression(rate=8), return_positions=True)
-    kept.append((output.text, output.receipt.positions.tolist()))
-  assert kept[0] == kept[1]
 
 
 def test_attention_after_eviction_is_dense_attention_over_what_is_kept(llm):
@@ -105,10 +60,10 @@ def test_attention_after_eviction_is_dense_attention_over_what_is_kept(llm):
 
 def test_freed_is_really_freed():
   """A pool with room for one prompt: after 8x the blocks in the receipt are free and serve a second one."""
-  llm = LLM(STORIES, max_num_seqs=2, block_size=4, chunk_size=64)
+  llm = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32)
   prompt = llm.tokenizer.encode(LONG)
   one = llm.config.blocks_for(len(prompt) + 1)
-  batch = Batch(llm.engine.model, dataclasses.replace(llm.config, num_blocks=one + one // 2), 64)
+  batch = Batch(llm.engine.model, dataclasses.replace(llm.config, num_blocks=one + one // 2), 32)
   first, second = (_sequence(llm, LONG, Compression(rate=8, window=8)) for _ in range(2))
   stepwise.prefill(batch, first)
   assert batch.free_blocks < one  # a second prompt does not fit
@@ -126,35 +81,14 @@ def test_freed_is_really_freed():
 
 def test_waits_for_blocks_then_serves_all():
   """Prompts that do not fit together run one behind the other, and a full pool ends cleanly."""
-  llm = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=64, num_blocks=1200)
+  llm = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32, num_blocks=1200)
   outputs = llm.generate([LONG, LONG, LONG], GREEDY)
   assert {o.text for o in outputs} == {outputs[0].text}
   assert llm.free_blocks == 1199
-  tight = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=64, num_blocks=61)
-  outputs = tight.generate(["", "", ""], SamplingParams(temperature=0, max_tokens=40))
-  assert [(o.finish_reason, len(o.token_ids)) for o in outputs] == [("cache_full", 12)] * 3
-  assert tight.free_blocks == 60
-
-
-@pytest.mark.parametrize("compression", [None, Compression(rate=2, window=4, interval=4)])
-def test_who_gives_way_to_others_loses_nothing(llm, compression):
-  """Three prompts grow until the pool is empty: the newest start over, and texts are as with room for all."""
-  tight = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32, num_blocks=241 if compression is None else 141)
-  prompts = ["", "A", "B"]
-  params = SamplingParams(temperature=0, max_tokens=40)
-  pieces, ids = ["", "", ""], [[], [], []]
-
-  def on_text(chunk):
-    pieces[chunk.index] += chunk.text
-    ids[chunk.index] += chunk.token_ids
-
-  outputs = tight.generate(prompts, params, compression, on_text=on_text)
-  roomy = llm.generate(prompts, params, compression)
-  assert [(o.text, o.token_ids, o.finish_reason) for o in outputs] == [
-      (o.text, o.token_ids, "length") for o in roomy]
-  assert pieces == [o.text for o in outputs]
-  assert ids == [o.token_ids for o in outputs]
-  assert tight.free_blocks == tight.config.num_blocks - 1
+  tight = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32, num_blocks=TIGHT)
+  outputs = tight.generate(["", "", ""], SamplingParams(temperature=0, max_tokens=60))
+  assert [(o.finish_reason, len(o.token_ids)) for o in outputs] == [("cache_full", 48)] * 3
+  assert tight.free_blocks == TIGHT - 1
 
 
 def test_a_step_that_is_broken_off_leaves_a_working_engine(llm, monkeypatch):

@@ -14,6 +14,8 @@ from kvc_jax import Compression, Engine, InputError, QueueFull, RandomScore, Sam
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine import footprint
 
+pytestmark = pytest.mark.optimized
+
 OPERATIONS, WITH_PREFIXES = 10_000, 2_500
 RULES = (WindowAttention(queries=4, pooling=3), RandomScore())
 LONGEST_WAIT = 250  # steps; a request decodes for 14 at most

@@ -52,6 +52,9 @@ def _jitted(allocation):
   return jax.jit(functools.partial(evict, rule=WindowAttention(), allocation=allocation))
 
 
+_evict = jax.jit(evict, static_argnames=("rule", "allocation", "max_tokens"))
+
+
 def _check_sequence(state, slot, sequence, request, keep, allocation, block_size, freed):
   num_tokens, heads = sequence
   budget, window, sinks = request
@@ -144,8 +147,8 @@ def test_a_bound_of_the_lengths_changes_nothing():
   sequences = {0: _random_sequence(rng), 2: _random_sequence(rng)}
   state = build_cache(rng, sequences, slots=3, block_size=4, max_blocks=20, num_blocks=200)
   rows = np.array([[2, 5, 1, 0], [0, 3, 0, 0]], np.int32).T
-  whole = evict(state, *rows, rule=WindowAttention())
-  bounded = evict(state, *rows, rule=WindowAttention(), max_tokens=MAX_TOKENS)
+  whole = _evict(state, *rows, rule=WindowAttention())
+  bounded = _evict(state, *rows, rule=WindowAttention(), max_tokens=MAX_TOKENS)
   for slot in (0, 2):
     assert held_kvs(whole[0], slot) == held_kvs(bounded[0], slot) != held_kvs(state, slot)
   check_invariants(bounded[0])
@@ -162,7 +165,7 @@ def test_hand_worked():
   heads = [[[(0, 5.0), (1, 1.0), (2, 4.0), (3, 9.0)], [(0, 3.0), (1, 2.0), (2, 8.0), (3, 8.0)]]]
   state = build_cache(
       np.random.default_rng(0), {0: (4, heads)}, slots=1, block_size=2, max_blocks=2, num_blocks=5)
-  new, report = evict(
+  new, report = _evict(
       state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention())
   assert held_kvs(new, 0) == [[[(0, 5.0), (3, 9.0)], [(2, 8.0), (3, 8.0)]]]
   assert report.freed_blocks.tolist() == [2]
@@ -173,12 +176,12 @@ def test_ties_take_the_oldest_and_the_first_head():
   state = build_cache(
       np.random.default_rng(0), {0: (9, heads)}, slots=1, block_size=2, max_blocks=2, num_blocks=5)
   three_blocks = np.array([3])  # ceil(3 / 2) = 2 a head: nothing to do
-  same, _ = evict(state, np.array([0]), three_blocks, np.array([1]), np.array([0]), rule=WindowAttention())
+  same, _ = _evict(state, np.array([0]), three_blocks, np.array([1]), np.array([0]), rule=WindowAttention())
   assert held_kvs(same, 0) == held_kvs(state, 0)
-  new, _ = evict(state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention())
+  new, _ = _evict(state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention())
   # Two blocks go, both of equal cost: head 0 pays both, for it comes first.
   assert [len(h) for h in held_kvs(new, 0)[0]] == [0, 4]
-  one_each, _ = evict(
+  one_each, _ = _evict(
       state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention(), allocation="head")
   assert [[p for p, _ in h] for h in held_kvs(one_each, 0)[0]] == [[2, 3], [2, 3]]
 
@@ -188,7 +191,7 @@ def test_negative_scores_are_ordered():
   heads = [[[(0, 0.0), (1, -2.0), (2, 3.0), (3, -1.0)]]]
   state = build_cache(
       np.random.default_rng(0), {0: (9, heads)}, slots=1, block_size=2, max_blocks=2, num_blocks=3)
-  new, _ = evict(state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention())
+  new, _ = _evict(state, np.array([0]), np.array([2]), np.array([1]), np.array([0]), rule=WindowAttention())
   assert [p for p, _ in held_kvs(new, 0)[0][0]] == [0, 2]
 
 
@@ -199,7 +202,7 @@ def test_random_score_ignores_storage_order_and_slot():
   for slot in (0, 2):
     heads = [[[(int(p), 0.0) for p in rng.permutation(32)] for _ in range(HEADS)] for _ in range(LAYERS)]
     state = build_cache(rng, {slot: (32, heads)}, slots=3, block_size=4, max_blocks=8, num_blocks=60)
-    new, _ = evict(
+    new, _ = _evict(
         state, np.array([slot]), np.array([12]), np.array([4]), np.array([0]), rule=RandomScore(seed=3))
     check_invariants(new)
     kept.append(held_kvs(new, slot))

@@ -17,7 +17,9 @@ _scores = jax.jit(column_scores, static_argnames=("scale", "power", "buffer"))
 
 def _interpreted(tile, rows):
   config = column_scores_triton.Config(tile=tile, rows=rows)
-  return functools.partial(column_scores_triton.column_scores, config=config, interpret=True)
+  return jax.jit(
+      functools.partial(column_scores_triton.column_scores, config=config, interpret=True),
+      static_argnames=("scale", "power", "buffer"))
 
 
 RUNS = [_scores, _interpreted(16, 16), _interpreted(64, 32)]

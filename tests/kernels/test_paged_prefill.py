@@ -26,9 +26,12 @@ def _errors(problem, run, expected_from=None):
   return [largest_error(got[:count], want) for got, want in zip((out, log_sum), expected, strict=True)]
 
 
+@functools.cache
 def _in_pieces(piece):
-  return functools.partial(
-      paged_prefill_cudnn.paged_prefill, config=paged_prefill_cudnn.Config(piece=piece), interpret=True)
+  return jax.jit(
+      functools.partial(
+          paged_prefill_cudnn.paged_prefill, config=paged_prefill_cudnn.Config(piece=piece), interpret=True),
+      static_argnames="scale")
 
 
 @pytest.mark.parametrize("run", [_prefill, _in_pieces(1), _in_pieces(16), _in_pieces(1000)])
