@@ -137,6 +137,16 @@ def _add_eval(commands: Any) -> None:
                      help="around prompts: the model's chat template, LongBench's [INST]...[/INST], or none; never "
                      "around few-shot and code prompts (default: the model's, where it has one)")
   longbench.set_defaults(run=_eval_longbench)
+  recall = kinds.add_parser("recall", help="facts to be found again in a text, at any length")
+  _add_eval_options(recall)
+  group = recall.add_argument_group("questions")
+  group.add_argument("--task", nargs="+", default=[], metavar="NAME", help="tasks to ask (default: all)")
+  group.add_argument("--length", nargs="+", type=int, default=[1024, 2048, 4096], metavar="TOKENS",
+                     help="of prompt and answer together (default: 1024 2048 4096)")
+  group.add_argument("--count", type=int, default=50, help="questions of each task and length (default: %(default)s)")
+  group.add_argument("--text", metavar="FILE", help="UTF-8 text to hide facts in (default: a novel that is shipped)")
+  group.add_argument("--question-seed", type=int, default=0, help="other seeds ask other questions")
+  recall.set_defaults(run=_eval_recall)
   perplexity = kinds.add_parser("perplexity", help="perplexity of a text's tokens behind a compressed context")
   _add_eval_options(perplexity)
   group = perplexity.add_argument_group("text")
@@ -494,6 +504,19 @@ def _eval_longbench(args: argparse.Namespace) -> int:
     tasks.append(longbench.LongBenchTask(
         name, rows[name], extended=extended, most_new_tokens=new, template=args.template, limit=args.limit,
         most_input_tokens=longbench.input_tokens(name, engine.max_model_len, new, args.max_input_tokens)))
+  return _run_tasks(args, engine, policies, tasks)
+
+
+def _eval_recall(args: argparse.Namespace) -> int:
+  from kvc_jax.evaluation.recall import recall_tasks
+
+  lengths = sorted(set(args.length))
+  tasks = recall_tasks(args.task, text=args.text, lengths=lengths, count=args.count, seed=args.question_seed)
+  policies = _policies(args)
+  engine = _load_to_measure(args, policies)
+  if lengths[-1] > engine.max_model_len:
+    raise InputError(f"--length {lengths[-1]} is more than the model's context of {engine.max_model_len} tokens; "
+                     "give shorter ones, or --max-model-len where the model can take more")
   return _run_tasks(args, engine, policies, tasks)
 
 

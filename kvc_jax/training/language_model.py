@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -20,39 +21,26 @@ Params = dict[str, jax.Array]
 Implementation = Literal["cudnn", "xla"]
 
 
-class Adam(NamedTuple):
-  """Where training stands: parameters, running means of gradients and of their squares, and steps taken (i32 [])."""
+_ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
+
+
+class Progress(NamedTuple):
+  """Where training stands: parameters, and what Adam knows of their gradients."""
 
   params: Params
-  mean: Params
-  square: Params
-  count: jax.Array
+  adam: optax.ScaleByAdamState
 
   @classmethod
-  def start(cls, params: Params) -> "Adam":
+  def start(cls, params: Params) -> "Progress":
     """Before the first step."""
-    def zeros() -> Params:
-      return {name: jnp.zeros_like(value) for name, value in params.items()}
+    return cls(params, _ADAM.init(params))
 
-    return cls(params, zeros(), zeros(), jnp.zeros((), jnp.int32))
-
-  def step(self, grads: Params, rate: jax.Array, *, clip: float) -> "tuple[Adam, jax.Array]":
-    """One step (Kingma and Ba 2015, beta 0.9 and 0.95) with gradients cut to a norm of `clip`; also their norm."""
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in grads.values()))
-    shrink = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9))
-    count = self.count + 1
-    mean_scale, square_scale = (1 / (1 - beta ** count.astype(jnp.float32)) for beta in _BETAS)
-    params, means, squares = {}, {}, {}
-    for name, grad in grads.items():
-      grad = grad * shrink
-      mean = means[name] = _BETAS[0] * self.mean[name] + (1 - _BETAS[0]) * grad
-      square = squares[name] = _BETAS[1] * self.square[name] + (1 - _BETAS[1]) * jnp.square(grad)
-      params[name] = self.params[name] - rate * mean * mean_scale / (jnp.sqrt(square * square_scale) + _EPSILON)
-    return Adam(params, means, squares, count), norm
-
-
-_BETAS = (0.9, 0.95)
-_EPSILON = 1e-8
+  def step(self, grads: Params, rate: jax.Array, *, clip: float) -> "tuple[Progress, jax.Array]":
+    """One step of Adam with gradients cut to a norm of `clip`; also their norm before."""
+    norm = optax.global_norm(grads)
+    grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
+    updates, adam = _ADAM.update(grads, self.adam)
+    return Progress(jax.tree.map(lambda param, update: param - rate * update, self.params, updates), adam), norm
 
 
 def init_params(config: LlamaConfig, seed: int) -> Params:
@@ -122,9 +110,11 @@ class Trainer:
 
   @functools.cached_property
   def step(self) -> Any:
-    """Jitted (Adam, tokens, codes, learning rate f32 []) -> (Adam, figures); the first argument is donated."""
+    """Jitted (Progress, tokens, codes, learning rate f32 []) -> (Progress, figures); the first argument is donated."""
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Adam, tokens: jax.Array, codes: jax.Array, rate: jax.Array) -> tuple[Adam, dict[str, jax.Array]]:
+    def step(
+        state: Progress, tokens: jax.Array, codes: jax.Array, rate: jax.Array
+    ) -> tuple[Progress, dict[str, jax.Array]]:
       grads, figures = jax.grad(self.loss, has_aux=True)(state.params, tokens.astype(jnp.int32), codes)
       state, norm = state.step(grads, rate, clip=self.clip)
       return state, {**figures, "gradient": norm}

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from kvc_jax.checkpoint.hf_rules import rules_for
 from kvc_jax.config import LlamaConfig
 from kvc_jax.errors import InputError
-from kvc_jax.training.language_model import Adam, Params
+from kvc_jax.training.language_model import Params, Progress
 from kvc_jax.training.recall_corpus import BOS, EOS, tokenizer_config
 
 _PARAMS = ("params-0.safetensors", "params-1.safetensors")
@@ -53,7 +53,7 @@ def export_model(folder: pathlib.Path, params: Params, config: LlamaConfig, toke
   _swap(staged, folder)
 
 
-def save_state(folder: pathlib.Path, state: Adam, notes: dict[str, Any], *, moments: bool) -> None:
+def save_state(folder: pathlib.Path, state: Progress, notes: dict[str, Any], *, moments: bool) -> None:
   """Writes a state to go on from, in place of what was there.
 
   Args:
@@ -74,13 +74,14 @@ def save_state(folder: pathlib.Path, state: Adam, notes: dict[str, Any], *, mome
     _save(staged / file, {name: np.asarray(state.params[name]) for name in half})
   if moments:
     _save(staged / _MOMENTS, {
-        "count": np.asarray(state.count), **{f"mean.{name}": np.asarray(value) for name, value in state.mean.items()},
-        **{f"square.{name}": np.asarray(value) for name, value in state.square.items()}})
+        "count": np.asarray(state.adam.count),
+        **{f"mean.{name}": np.asarray(value) for name, value in state.adam.mu.items()},
+        **{f"square.{name}": np.asarray(value) for name, value in state.adam.nu.items()}})
   _write_json(staged / _STATE, notes)
   _swap(staged, folder)
 
 
-def load_state(folder: pathlib.Path) -> tuple[Adam, dict[str, Any]]:
+def load_state(folder: pathlib.Path) -> tuple[Progress, dict[str, Any]]:
   """What `save_state` wrote, and its notes.
 
   Raises:
@@ -92,11 +93,11 @@ def load_state(folder: pathlib.Path) -> tuple[Adam, dict[str, Any]]:
     moments = load_file(folder / _MOMENTS) if (folder / _MOMENTS).is_file() else None
   except (OSError, SafetensorError, ValueError) as e:
     raise InputError(f"{folder} holds no state of a training ({e}); give a folder that train_recall.py wrote") from None
-  state = Adam.start({name: jnp.asarray(value) for name, value in values.items()})
+  state = Progress.start({name: jnp.asarray(value) for name, value in values.items()})
   if moments is not None:
     mean, square = (
         {name: jnp.asarray(moments[f"{kind}.{name}"]) for name in values} for kind in ("mean", "square"))
-    state = Adam(state.params, mean, square, jnp.asarray(moments["count"]))
+    state = Progress(state.params, state.adam._replace(count=jnp.asarray(moments["count"]), mu=mean, nu=square))
   return state, notes
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from kvc_jax.config import LlamaConfig
 from kvc_jax.errors import InputError
 from kvc_jax.evaluation.recall_episodes import TASKS
-from kvc_jax.training.language_model import Adam, Trainer, init_params
+from kvc_jax.training.language_model import Progress, Trainer, init_params
 from kvc_jax.training.recall_batches import BatchMakers, Order
 from kvc_jax.training.recall_checkpoint import check_same_model, export_model, load_state, save_state
 
@@ -138,14 +138,14 @@ class _Run:
     self.trainer = Trainer(config=model, attention=attention)
     self.step = self.fresh_from = self.tokens = 0
     self.easy = False
-    state = Adam.start(init_params(model, config.seed))
+    state = Progress.start(init_params(model, config.seed))
     if config.resume is not None:
       loaded, notes = load_state(config.resume)
       check_same_model(loaded.params, state.params, config.resume)
       state = loaded
       self.step, self.tokens, self.easy = notes["step"], notes["tokens"], notes["easy"]
       self.fresh_from = notes["fresh_from"] if (config.resume / "moments.safetensors").is_file() else self.step
-    self.state: Adam = state
+    self.state: Progress = state
     self.makers = BatchMakers(config.data, "train", config.workers)
     config.out.mkdir(parents=True, exist_ok=True)
     self._log_file = (config.out / "log.jsonl").open("a", encoding="utf-8")

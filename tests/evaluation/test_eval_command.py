@@ -155,6 +155,37 @@ def test_score_by_length(tmp_path, capsys):
   assert main(["eval", "score", str(tmp_path)]) == 0
 
 
+def recall(out, *options):
+  return ["eval", "recall", str(STORIES), "--out", str(out), "--task", "single", *TINY, *options]
+
+
+def test_recall_asks_at_each_length_and_goes_on(tmp_path):
+  text = tmp_path / "text.txt"
+  text.write_text("It was a day. " + "The sun went down over the sea and the boats came in. " * 60, encoding="utf-8")
+  command = recall(tmp_path / "out", "--length", "512", "--count", "2", "--text", str(text), "--rate", "1", "8")
+  assert main(command) == 0
+  files = [tmp_path / "out" / policy / "recall-single.jsonl" for policy in ("uncompressed", "window-all-8x")]
+  whole, compressed = map(records, files)
+  assert len(whole) == len(compressed) == 2
+  assert [one["prompt_tokens"] <= 512 for one in whole] == [True, True]
+  assert compressed[0]["blocks_held"] < whole[0]["blocks_held"]
+  files[1].write_text(json.dumps(compressed[0]) + "\n", encoding="utf-8")
+  assert main(command) == 0
+  assert [one["pred"] for one in records(files[1])] == [one["pred"] for one in compressed]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--task", "nothing"], "no recall task 'nothing'"),
+    (["--length", "4096"], "--length 4096 is more than the model's context of 512"),
+    (["--length", "10"], "length is 10"),
+    (["--count", "0"], "count is 0"),
+    (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+])
+def test_recall_bad_input(tmp_path, capsys, options, message):
+  assert message in fails(capsys, recall(tmp_path / "out", *options))
+  assert not (tmp_path / "out").exists()
+
+
 def test_without_matplotlib_there_are_tables(data, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(plots, "can_draw", lambda: False)
   assert main(longbench(data, tmp_path / "out", "--set", "trec", "--limit", "1")) == 0

@@ -23,7 +23,7 @@ from kvc_jax.evaluation.recall_episodes import TASKS
 from kvc_jax.model.llama import Llama
 from kvc_jax.tokenizer import Tokenizer
 from kvc_jax.training import recall_batches as batches
-from kvc_jax.training.language_model import Adam, Trainer, flat_params, init_params
+from kvc_jax.training.language_model import Progress, Trainer, flat_params, init_params
 from kvc_jax.training.recall_checkpoint import load_state
 from kvc_jax.training.recall_corpus import Corpus, prepare, without_held_out
 from kvc_jax.training.recall_training import TrainingConfig, check_lengths, learning_rate, length_shares, train
@@ -170,7 +170,7 @@ def _row_logits(values, row):
 
 def test_adam_steps_as_written_out():
   grads = {"w": jnp.array([3.0, -4.0])}  # of norm 5, cut to 1
-  state, norm = Adam.start({"w": jnp.array([1.0, 1.0])}).step(grads, jnp.float32(0.1), clip=1.0)
+  state, norm = Progress.start({"w": jnp.array([1.0, 1.0])}).step(grads, jnp.float32(0.1), clip=1.0)
   assert float(norm) == pytest.approx(5)
   np.testing.assert_allclose(state.params["w"], [0.9, 1.1], rtol=1e-6)
   state, _ = state.step({"w": jnp.array([0.0, 0.2])}, jnp.float32(0.1), clip=1.0)
@@ -218,7 +218,7 @@ def _check_export(out):
 
 def test_loss_falls_and_a_state_without_moments_goes_on(prepared, tmp_path):
   trainer = Trainer(config=TINY, attention="xla", compute_dtype=jnp.float32)
-  state = Adam.start(init_params(TINY, 0))
+  state = Progress.start(init_params(TINY, 0))
   order = batches.Order(seed=0, number=0, batch=4, length=128, copy_share=1.0)
   tokens, codes = batches.make_batch(batches.load_composer(prepared, "train"), order)
   losses = []
