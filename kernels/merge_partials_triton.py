@@ -45,10 +45,10 @@ def _merge_kernel(*refs, plan, names):
 
   @pl.when(stop > first)
   def _():
-    triton._merge_pair(plan, ref, layer, pair, first, stop)
+    triton.merge_pair(plan, ref, layer, pair, first, stop)
 
   @pl.when(stop == first)
   def _():
-    cols, real_cols = triton._columns(plan)
-    triton._store_output(plan, ref["out"], pair, jnp.arange(plan.padded_group, dtype=jnp.int32), cols, real_cols,
+    cols, real_cols = triton.columns_of(plan)
+    triton.store_output(plan, ref["out"], pair, jnp.arange(plan.padded_group, dtype=jnp.int32), cols, real_cols,
                          jnp.zeros((plan.padded_group, plan.padded_dim), jnp.float32))

@@ -93,7 +93,7 @@ def paged_decode(
   """See `paged_decode.paged_decode`; `interpret` runs on the CPU, for tests."""
   columns = _columns(q.shape[1] // tables.shape[2], observed is not None)
   config = config or default_config(kv, columns)
-  plan = triton._Plan.of(q, kv, tables, config, observed, scale, power, buffer, every)
+  plan = triton.Plan.of(q, kv, tables, config, observed, scale, power, buffer, every)
   packed = stream_k.schedule(lengths, tile=config.tile, ctas=config.ctas)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   results, observed = _attend(plan, q, kv, walk, observed, fused=not interpret, interpret=interpret)

@@ -82,14 +82,14 @@ def paged_decode(
   """See `paged_decode.paged_decode`; `interpret` runs on the CPU, for tests."""
   _, seqs, heads, _ = tables.shape
   config = config or default_config(kv, seqs * heads)
-  plan = _Plan.of(q, kv, tables, config, observed, scale, power, buffer, every)
+  plan = Plan.of(q, kv, tables, config, observed, scale, power, buffer, every)
   packed = stream_k.schedule(lengths, tile=config.tile, ctas=config.ctas)
   walk = (layer.reshape(1), tables.reshape(-1), lengths.reshape(-1), packed)
   return _attend(plan, q, kv, walk, observed, interpret=interpret)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
+class Plan:
   """Static numbers of a call; letters as in docs/architecture.md."""
 
   pairs: int
@@ -108,7 +108,7 @@ class _Plan:
   config: Config
 
   @classmethod
-  def of(cls, q, kv, tables, config, observed, scale, power, buffer, every) -> "_Plan":
+  def of(cls, q, kv, tables, config, observed, scale, power, buffer, every) -> "Plan":
     _, seqs, heads, max_blocks = tables.shape
     _, _, block_size, head_dim = kv.shape
     return cls(
@@ -147,7 +147,7 @@ class _Plan:
     return stream_k.Row(ref, layer, self.pairs, self.config.ctas)
 
 
-def _columns(plan):
+def columns_of(plan):
   """Indices of the head dimension [padded D], and which are real (None: all)."""
   cols = jnp.arange(plan.padded_dim, dtype=jnp.int32)
   return cols, None if plan.padded_dim == plan.head_dim else cols < plan.head_dim
@@ -310,14 +310,14 @@ def _attend_kernel(*refs, plan, names, interpret):
 
 def _clear_empty_pairs(plan, ref, layer, cta):
   """Zeros for pairs that hold nothing: no CTA walks them. Each CTA looks after some."""
-  head, (cols, real_cols) = jnp.arange(plan.padded_group, dtype=jnp.int32), _columns(plan)
+  head, (cols, real_cols) = jnp.arange(plan.padded_group, dtype=jnp.int32), columns_of(plan)
 
   def clear(i, carry):
     pair = cta + i * plan.config.ctas
 
     @pl.when(ref["lengths"][layer * plan.pairs + pair] == 0)
     def _():
-      _store_output(plan, ref["out"], pair, head, cols, real_cols,
+      store_output(plan, ref["out"], pair, head, cols, real_cols,
                     jnp.zeros((plan.padded_group, plan.padded_dim), jnp.float32))
 
     return carry
@@ -335,7 +335,7 @@ def _arrive(plan, ref, row, layer, pair, *, interpret):
 
   @pl.when(arrived == stop - first - 1)
   def _():
-    _merge_pair(plan, ref, layer, pair, first, stop)
+    merge_pair(plan, ref, layer, pair, first, stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,11 +385,11 @@ class _Behind:
 # --------------------------------------------------------------------------- merging
 
 
-def _merge_pair(plan, ref, layer, pair, first, stop):
+def merge_pair(plan, ref, layer, pair, first, stop):
   """Merges the partial outputs that CTAs [first, stop) left of one pair, several at a time."""
   group, padded = plan.group, plan.padded_group
   at_once = max(1, min(8, 4096 // (padded * plan.padded_dim)))
-  cols, real_cols = _columns(plan)
+  cols, real_cols = columns_of(plan)
   head = jnp.arange(padded, dtype=jnp.int32)
 
   def load(name, at, mask, other):
@@ -418,12 +418,12 @@ def _merge_pair(plan, ref, layer, pair, first, stop):
       jnp.zeros((padded, plan.padded_dim), jnp.float32),
       jnp.full((padded,), -jnp.inf, jnp.float32), jnp.zeros((padded,), jnp.float32)))
   total = jnp.where(head < group, total, 1.0)
-  _store_output(plan, ref["out"], pair, head, cols, real_cols, acc / total[:, None])
+  store_output(plan, ref["out"], pair, head, cols, real_cols, acc / total[:, None])
   if plan.observes:
     _observe(plan, ref, layer, pair, head, cols, real_cols, top + jnp.log2(total))
 
 
-def _store_output(plan, out_ref, pair, head, cols, real_cols, out):
+def store_output(plan, out_ref, pair, head, cols, real_cols, out):
   """Writes one pair's output; the rows of a padded group go behind the end, masked."""
   group = plan.group
   rows = jnp.where(head < group, pair * group, plan.pairs * group - group) + head
