@@ -39,6 +39,8 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
+  # The longest modules are optimized ones: first, so that the other workers find something to do beside them.
+  items.sort(key=lambda item: item.get_closest_marker("optimized") is None)
   if jax.default_backend() == "gpu":
     jax.config.update("jax_enable_compilation_cache", False)  # kernels are tested as they come from the compiler
     return
