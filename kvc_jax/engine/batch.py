@@ -23,6 +23,8 @@ from kvc_jax.model.rope import inverse_frequencies
 from kvc_jax.sampling import Logprobs, SamplingArrays
 
 _EVICT_TOKENS = 32_768
+_NO_MASS = 2.0
+"""A share of the scores that cannot be kept: nothing goes for it."""
 _STOP_IDS = 16
 """Ids that the device stops at; the host stops at any further ones."""
 
@@ -179,7 +181,8 @@ class Batch:
           sequence.slot, compression.cache_tokens(tokens), compression.window,
           compression.sinks, first_observed(compression.scoring, sequence.prefilled), compression.least_tokens(tokens))
       if mass is not None:
-        mass[i] = compression.mass
+        # A prompt that is larger than the pool is compressed on its way too: by the other budgets alone.
+        mass[i] = compression.mass if sequence.prefilled == len(sequence.prompt) else _NO_MASS
       for j, pair in enumerate(compression.keep):
         keep[i, j] = pair
       sequence.compressions += 1

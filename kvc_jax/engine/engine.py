@@ -278,12 +278,10 @@ class Engine:
     """Says in a line that a request of a kind that `warm_up` does not know will make the engine compile."""
     if compression is None or self._compiled is None:
       return
-    scoring, allocation, with_mass = compression.scoring, compression.allocation, compression.mass is not None
-    kind = (scoring, allocation, "mass") if with_mass else (scoring, allocation)
-    if kind not in self._compiled:
+    if (kind := _kind(compression)) not in self._compiled:
       self._compiled.add(kind)
-      what, remedy = ("and mass ", "") if with_mass else ("", "; give them to Engine for warm_up")
-      _log.warning("steps for %r with allocation %r %scompile while serving%s", scoring, allocation, what, remedy)
+      _log.warning("steps for %r with allocation %r %scompile while serving; give them to warm_up",
+                   compression.scoring, compression.allocation, "and mass " if compression.mass is not None else "")
 
   def _sequence(
       self, request_id: int, ids: list[int], params: SamplingParams, compression: Compression | None, *, sample: int,
@@ -583,7 +581,7 @@ class Engine:
     running = self._scheduler.running
     shrinkable = [s for s in running if s.decodes and s.compression and s.compression.on_demand]
     excess = {s: footprint.excess_blocks(self.config, s) for s in shrinkable}
-    lacking = self._scheduler.blocks_lacking()
+    lacking = self._scheduler.blocks_lacking() if self._scheduler.fits_ahead() else 0
     if 0 < lacking <= sum(excess.values()):
       self._compress([s for s in shrinkable if excess[s]])
 
@@ -747,13 +745,20 @@ class Engine:
     """KVs that all running sequences hold, i32 [L, H] (waits for the device)."""
     return np.asarray(self.batch.state.lengths).sum(axis=1, dtype=np.int32)
 
+  def default_kinds(self) -> list[Compression | None]:
+    """Kinds of requests that `warm_up` compiles for by default: all `rules` and `allocations`, once and again."""
+    return [None, *(
+        Compression(max_cache_tokens=1, window=1, interval=None if rule.observed == "moments" else 1, scoring=rule,
+                    allocation=allocation)
+        for rule, allocation in self._kinds)]
+
   def warm_up(self, progress: bool = False, kinds: Collection[Compression | None] | None = None) -> None:
     """Compiles every program that serving can need, by serving each kind of request once.
 
     Args:
       progress: show a progress bar on stderr.
-      kinds: as of requests that will come, where those are fewer than the engine's `rules` and `allocations` allow;
-        their budgets and intervals make no difference.
+      kinds: as of requests that will come; by default `default_kinds`. How large a budget or an interval is makes no
+        difference, but whether there is an interval, and `mass`, does.
 
     Raises:
       RuntimeError: requests are being served.
@@ -761,17 +766,14 @@ class Engine:
     if self.has_work:
       raise RuntimeError("warm_up serves requests of its own; call it before the first one is added")
     counts = self._counts.copy()
-    pairs = self._kinds if kinds is None else [(kind.scoring, kind.allocation) for kind in kinds if kind]
-    todo: list[Compression | None] = [None] if kinds is None or None in kinds else []
-    for rule, allocation in dict.fromkeys(pairs):
-      again = None if rule.observed == "moments" else 1
-      todo.append(Compression(max_cache_tokens=1, window=1, interval=again, scoring=rule, allocation=allocation))
+    kinds = self.default_kinds() if kinds is None else kinds
+    todo = dict.fromkeys(kind and _small(kind) for kind in kinds)
     for kind in tqdm.tqdm(todo, disable=not progress, unit="kind", desc="compiling"):
       self._serve_one(kind)
     if self.config.sharing:
       self.batch.compile_sharing()
     self._counts = counts
-    self._compiled = set(pairs)
+    self._compiled = {_kind(kind) for kind in kinds if kind}
 
   def _serve_one(self, compression: Compression | None) -> None:
     params = SamplingParams(temperature=1.0, seed=0, max_tokens=3, logprobs=1, ignore_eos=True)
@@ -784,6 +786,18 @@ class Engine:
       if decoding and not swapped:
         self._preempt(decoding[0])
         swapped = True
+
+
+def _kind(compression: Compression) -> tuple[Any, ...]:
+  """What tells requests apart whose compression runs other programs."""
+  return compression.scoring, compression.allocation, compression.mass is not None
+
+
+def _small(compression: Compression) -> Compression:
+  """A request of the same kind that a prompt of one token can have."""
+  return Compression(
+      max_cache_tokens=1, window=1, scoring=compression.scoring, allocation=compression.allocation,
+      interval=1 if compression.scores_decode else None, mass=None if compression.mass is None else 0.5)
 
 
 @dataclasses.dataclass(frozen=True)

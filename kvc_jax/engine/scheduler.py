@@ -41,10 +41,13 @@ class Scheduler:
     """
     if not self.waiting or (self.running and self._full) or self.prefilling or self.blocks_lacking() > 0:
       return None
-    first = self.waiting[0]
-    if self._plan_ahead and self.running and not fit_ahead(self._config, [*self.running, first], self._plan_ahead):
-      return None
-    return first
+    return self.waiting[0] if self.fits_ahead() else None
+
+  def fits_ahead(self) -> bool:
+    """Whether the plan has room for the first in the queue; True where nothing is planned."""
+    if not self._plan_ahead or not self.running or not self.waiting:
+      return True
+    return fit_ahead(self._config, [*self.running, self.waiting[0]], self._plan_ahead)
 
   def blocks_lacking(self) -> int:
     """Blocks that would have to be freed for the first in the queue; 0 where it needs no more, or may not start."""

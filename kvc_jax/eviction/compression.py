@@ -44,6 +44,7 @@ class Compression:
     mass: the smallest cache that keeps this share (0 to 1) of the sum of scores, in each group of
       heads that share a budget: of the attention observed, with a rule of power 1. Protected KVs
       count. How much that is depends on the prompt, so an engine admits the request as if nothing were evicted.
+      Behind the prompt only: a second compression would take the share of what the first one left.
     safeguard: share of the budget that every head keeps at least where heads compete; Ada-KV's is 0.2.
   """
 
@@ -100,6 +101,10 @@ class Compression:
       raise InputError(
           f"Compression: mass is a share of the scores, but {type(self.scoring).__name__} keeps none; give a rule that "
           "observes queries, or a rate")
+    if self.mass is not None and (self.interval, self.prefill_interval, self.on_demand) != (None, None, False):
+      raise InputError(
+          "Compression: mass is a share of the scores held, and a second compression would take it of what the first "
+          "one left; leave interval, prefill_interval and on_demand out, or give a rate instead")
     if self.safeguard and self.allocation not in ("all", "layer"):
       raise InputError("Compression: safeguard is for allocations in which heads compete; give all or layer")
 
@@ -125,8 +130,15 @@ class Compression:
 
     The budget, or what is protected where that is more.
     """
-    protected = self.window + self.sinks + sum(end - start for start, end in self.keep)
-    return max(self.cache_tokens(num_tokens), min(num_tokens, protected))
+    return max(self.cache_tokens(num_tokens), self._protected_tokens(num_tokens))
+
+  def _protected_tokens(self, num_tokens: int) -> int:
+    """Tokens of every head that are never evicted; ranges may overlap, and reach behind the sequence's end."""
+    count = end = 0
+    for start, stop in sorted([(0, self.sinks), (max(num_tokens - self.window, 0), num_tokens), *self.keep]):
+      start, stop = max(start, end), min(stop, num_tokens)
+      count, end = count + max(stop - start, 0), max(end, stop)
+    return count
 
   def least_tokens(self, num_tokens: int) -> int:
     """Tokens that every head keeps at least, of a sequence that has seen `num_tokens`."""

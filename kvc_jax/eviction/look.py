@@ -23,6 +23,7 @@ def layer_kvs(
     num_tokens: jax.Array,
     *,
     scale: float,
+    observes: bool = True,
     output: Array | None = None,
 ) -> LayerKVs:
   """One layer of one sequence, in f32 and without what nothing holds.
@@ -35,6 +36,8 @@ def layer_kvs(
     lengths: i32 [H], likewise.
     num_tokens: i32 [] of the sequence.
     scale: the softmax's factor on q k^T.
+    observes: whether the sequence's decode steps keep their query for the rule. What another rule's left is none of
+      its business: it depends on what else is served.
     output: [H*G, D, E] the layer's output projection, where the rule needs it.
   """
   shape = (*tables.shape[:1], tables.shape[1] * state.block_size)
@@ -47,7 +50,7 @@ def layer_kvs(
     return jnp.where(held[..., None], found * scales[:, which, None, None], 0.0)
 
   queries, log_sums = None, None
-  if state.queries is not None and state.log_sums is not None:
+  if observes and state.queries is not None and state.log_sums is not None:
     queries, log_sums = state.queries[layer, slot].astype(jnp.float32) * scale, state.log_sums[layer, slot]
     # Queries that wait are in the unit of the stored keys.
     queries = queries / jnp.repeat(scales[:, 0], queries.shape[0] // shape[0])[:, None]
@@ -82,7 +85,7 @@ def look_at(
     def look() -> jax.Array:
       kvs = layer_kvs(
           state, layer, slots[seq], tables[seq, layer], lengths[seq, layer], num_tokens[seq], scale=scale,
-          output=weights)
+          observes=rule.observed not in ("none", "moments"), output=weights)
       return rule.look(kvs).astype(jnp.float32)
 
     nothing = jnp.zeros((heads, columns * state.block_size))

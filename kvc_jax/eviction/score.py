@@ -61,7 +61,7 @@ class LayerKVs:
     scores: f32 [H, K] accumulated sums; 0 where nothing is held.
     num_tokens: i32 [] tokens seen.
     queries: f32 [H*G, D] the last decode query, after RoPE and times the softmax's scale; None
-      for a cache without num_heads.
+      for a cache without num_heads, and for rules that observe "none" or "moments", whose decode steps keep no query.
     log_sums: f32 [H*G] its log-sum-exp; +inf where the sequence has decoded nothing yet.
     output: [H*G, D, E] the layer's output projection, for rules with `needs_output`.
   """
@@ -171,9 +171,9 @@ def check_rule(rule: object) -> None:
         f"Compression: scoring is {rule!r}, which is no scoring rule; give an object such as "
         "WindowAttention(), or one of your own with the attributes of ScoringRule")
   assert isinstance(rule, ScoringRule)
-  check_count("scoring: power", rule.power, at_least=1, at_most=2)
-  check_count("scoring: buffer", rule.buffer, at_least=0, at_most=_WIDEST_BUFFER)
-  check_count("scoring: decode_every", rule.decode_every, at_least=1, at_most=_WIDEST_BUFFER)
+  check_attention_rule(rule)
+  if getattr(rule, "pool", "max") not in ("max", "mean"):
+    raise InputError(f"scoring: pool is {getattr(rule, 'pool', None)!r}; give 'max' or 'mean'")
 
 
 def check_attention_rule(rule: ScoringRule, reduction: str = "sum") -> None:

@@ -91,7 +91,7 @@ def excess_by_mass(
     keys: u32 [R, M*P], as for `select`.
     scores: f32 [R, M*P] not negative; whatever is not held is ignored.
     lengths: i32 [R] KVs of each head.
-    lost: f32 [B] share of the sum that may go, for R / B neighbouring heads each.
+    lost: f32 [B] share of the sum that may go, for R / B neighbouring heads each; below 0 nothing may.
     num_groups: E, of R / E neighbouring heads; a multiple of B.
     block_size: P.
     most: as for `select`.
@@ -102,7 +102,8 @@ def excess_by_mass(
   heads = lengths.shape[0] // num_groups
   held = jnp.arange(keys.shape[1], dtype=jnp.int32) < lengths[:, None]
   scores = jnp.where(held, scores, 0.0)
-  allowed = jnp.sum(scores.reshape(num_groups, -1), axis=1) * jnp.repeat(lost, num_groups // lost.shape[0])
+  lost = jnp.repeat(lost, num_groups // lost.shape[0])
+  allowed = jnp.where(lost < 0, -1.0, lost * jnp.sum(scores.reshape(num_groups, -1), axis=1))
   order = jnp.argsort(jnp.where(held, keys, NEVER), axis=1)
   running = jnp.cumsum(jnp.take_along_axis(scores, order, axis=1), axis=1)
   running = jnp.pad(running, ((0, 0), (1, 0)))  # [R, M*P + 1]: of the n lowest

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kvc_jax.cache.alloc import blocks_held, ignore_outside, push_blocks
@@ -76,8 +77,8 @@ def evict(
     least: i32 [B] tokens that every head keeps at least, at most the budget (Ada-KV's safeguard), in
       whole blocks; 0 by default.
     mass: f32 [B] share of the sum of scores held that stays in each group: blocks go, the cheapest first, as
-      long as it does, even where the budget would let them stay; with 1 those go that have no score at all.
-      None for no such bound.
+      long as it does, even where the budget would let them stay; with 1 those go that have no score at
+      all, above 1 none. None for no such bound.
 
   Returns:
     The new state and what was done. A budget that protected tokens do not fit in
@@ -102,7 +103,7 @@ def evict(
   kvs = _held_kvs(state, tables, lengths, num_tokens, first_query, evictable, cache_tokens, looked)
   keys = keys_of(rule.value(kvs), evictable).reshape(-1, evictable.shape[-1])
   excess = excess_blocks(
-      lengths, num_tokens, cache_tokens, _most_protected(window, sinks, keep), state.block_size, allocation)
+      lengths, num_tokens, cache_tokens, _protected(num_tokens, window, sinks, keep), state.block_size, allocation)
 
   rows, held = tables.reshape(-1, columns), lengths.reshape(-1)  # [R, M] and [R], R = B * L * H
   most = None
@@ -140,10 +141,15 @@ def _held_kvs(state, tables, lengths, num_tokens, first_query, evictable, cache_
       cache_tokens=cache_tokens, looked=looked)
 
 
-def _most_protected(window, sinks, keep):
-  """Tokens of each head that cannot be evicted, at most, i32 [B]."""
-  kept = 0 if keep is None else jnp.sum(keep[..., 1] - keep[..., 0], axis=1)
-  return window + sinks + kept
+def _protected(num_tokens, window, sinks, keep):
+  """Tokens of each head that cannot be evicted, i32 [B]: the union of ranges, as far as there are tokens."""
+  own = jnp.stack([jnp.stack([jnp.zeros_like(sinks), sinks], 1), jnp.stack([num_tokens - window, num_tokens], 1)], 1)
+  ranges = own if keep is None else jnp.concatenate([own, keep], axis=1)
+  ranges = jnp.clip(ranges, 0, num_tokens[:, None, None])
+  order = jnp.argsort(ranges[..., 0], axis=1)
+  starts, stops = jnp.moveaxis(jnp.take_along_axis(ranges, order[..., None], axis=1), -1, 0)
+  before = jnp.pad(lax.cummax(stops, axis=1), ((0, 0), (1, 0)))[:, :-1]
+  return jnp.sum(jnp.maximum(stops - jnp.maximum(starts, before), 0), axis=1)
 
 
 def _shorten(state, slots, tables, lengths, freed):

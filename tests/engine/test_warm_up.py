@@ -37,38 +37,60 @@ def _serve(engine):
   return outputs
 
 
-def test_nothing_compiles_after_warm_up():
-  """Counted by JAX itself, under a load of all kinds in a pool that is too small for it."""
-  engine = _engine()
-  compiled = []
+@pytest.fixture
+def compiled():
+  """Grows by an entry for every program that JAX compiles."""
+  found = []
 
   def on_event(name, seconds, **_):
     if name == "/jax/core/compile/backend_compile_duration":
-      compiled.append(name)
+      found.append(name)
 
   jax.monitoring.register_event_duration_secs_listener(on_event)
-  try:
-    engine.warm_up()
-    assert compiled
-    assert engine.stats() == dataclasses.replace(engine.stats(), prompt_tokens=0, generated_tokens=0, compressions=0)
-    compiled.clear()
-    for rule in RULES:
-      for i, allocation in enumerate(("all", "layer")):
-        compression = Compression(
-            rate=3, window=4 + i, interval=3 + i, scoring=rule, allocation=allocation, keep=[(1, 5)] * i, sinks=i)
-        engine.add(LONG[: 100 + 40 * i], dataclasses.replace(DRAWN, n=1 + i), compression, return_positions=bool(i))
-    for i, (prompt, params) in enumerate(REQUESTS):
-      engine.add(prompt[: 60 + i], params, Compression(rate=2, scoring=RULES[0], prefill_interval=9) if i % 2 else None)
-      engine.step()
-    cancelled = engine.add("", GREEDY)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(on_event)
+
+
+def test_kinds_are_all_that_is_compiled_and_enough(compiled, caplog):
+  """Compressed once, by a share of the scores, and not at all; no steps that keep scores."""
+  kinds = [None, Compression(rate=3, scoring=RULES[0]), Compression(mass=0.5, scoring=RULES[0])]
+  engine = _engine()
+  engine.warm_up(kinds=kinds)
+  compiled.clear()
+  for kind in kinds:
+    engine.add(LONG[:150], GREEDY, kind)
+  outputs = _serve(engine)
+  assert compiled == []
+  assert not caplog.records
+  assert sum(output.receipt is not None and output.receipt.compressions for output in outputs) == 2
+  engine.add(LONG[:150], GREEDY, dataclasses.replace(kinds[1], allocation="layer"))
+  _serve(engine)
+  assert compiled
+  assert "compile while serving" in caplog.text
+
+
+def test_nothing_compiles_after_warm_up(compiled):
+  """Counted by JAX itself, under a load of all kinds in a pool that is too small for it."""
+  engine = _engine()
+  engine.warm_up()
+  assert compiled
+  assert engine.stats() == dataclasses.replace(engine.stats(), prompt_tokens=0, generated_tokens=0, compressions=0)
+  compiled.clear()
+  for rule in RULES:
+    for i, allocation in enumerate(("all", "layer")):
+      compression = Compression(
+          rate=3, window=4 + i, interval=3 + i, scoring=rule, allocation=allocation, keep=[(1, 5)] * i, sinks=i)
+      engine.add(LONG[: 100 + 40 * i], dataclasses.replace(DRAWN, n=1 + i), compression, return_positions=bool(i))
+  for i, (prompt, params) in enumerate(REQUESTS):
+    engine.add(prompt[: 60 + i], params, Compression(rate=2, scoring=RULES[0], prefill_interval=9) if i % 2 else None)
     engine.step()
-    assert engine.cancel(cancelled)
-    _serve(engine)
-    assert engine.stats().swaps
-    assert engine.kvs_kept().sum() == 0
-    assert compiled == []
-  finally:
-    jax.monitoring.unregister_event_duration_listener(on_event)
+  cancelled = engine.add("", GREEDY)
+  engine.step()
+  assert engine.cancel(cancelled)
+  _serve(engine)
+  assert engine.stats().swaps
+  assert engine.kvs_kept().sum() == 0
+  assert compiled == []
   assert engine.batch.free_blocks == engine.stats().free_blocks == engine.config.num_blocks - 1
   check_invariants(engine.batch.state)
 

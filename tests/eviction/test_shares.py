@@ -142,3 +142,28 @@ def test_mass_hand_worked():
   for mass, lengths in ((0.9, [0, 4]), (0.91, [1, 4]), (0.79, [0, 3]), (1.0, [4, 4])):
     _, report = evict(state, *rows, rule=FullAttention(), mass=np.array([mass], np.float32))
     assert report.lengths[0, 0].tolist() == lengths, mass
+
+
+def test_a_share_above_one_evicts_nothing():
+  heads = [[[(p, 0.0) for p in range(8)]]]
+  state = build_cache(np.random.default_rng(0), {0: (9, heads)}, slots=1, block_size=2, max_blocks=4, num_blocks=5)
+  rows = np.array([[0, 9, 1, 0]], np.int32).T
+  for mass, kept in ((2.0, 8), (1.0, 0)):
+    _, report = evict(state, *rows, rule=FullAttention(), mass=np.array([mass], np.float32))
+    assert report.lengths.item() == kept
+
+
+@pytest.mark.parametrize("allocation", ["pyramid", PROFILE])
+def test_ranges_to_keep_count_where_there_are_tokens(allocation):
+  """Heads with budgets of their own keep no more for a range behind the end, nor for one that is there twice."""
+  rng = np.random.default_rng(7)
+  _, heads = _sequence(rng, whole=True)
+  num_tokens = len(heads[0][0])
+  state = build_cache(
+      rng, {0: (num_tokens, heads)}, slots=1, block_size=2, max_blocks=20, num_blocks=LAYERS * HEADS * 20 + 1)
+  rows = np.array([[0, 10, 2, 2]], np.int32).T
+  lengths = [
+      np.asarray(_jitted(allocation)(state, *rows, keep=np.array([keep], np.int32))[1].lengths)
+      for keep in ([[3, 6], [0, 0], [0, 0]], [[3, 6], [4, 5], [100, 2000]])]
+  np.testing.assert_array_equal(*lengths)
+  assert lengths[0].sum() < LAYERS * HEADS * num_tokens
