@@ -1,4 +1,4 @@
-"""Words of the recall tasks. The model that comes with the project has one token for most of them."""
+"""Words of the recall tasks. The tokenizer that `scripts/train_recall.py` makes has one token for each."""
 
 ADJECTIVES = (
     "amber", "ancient", "brave", "bright", "broken", "calm", "clever", "cold", "crimson", "curious", "dusty", "eager",
