@@ -16,6 +16,7 @@ press(model)` around the prefill; other tokens or positions than the first time 
 
 import argparse
 import base64
+import functools
 import json
 import pathlib
 import sys
@@ -62,6 +63,15 @@ class Prefill:
   def _note(self, module, args, kwargs, output):
     self._seen.append((module, kwargs, output))
 
+  @functools.cached_property
+  def places(self):
+    """For each layer and head the position of each KV, by its bytes."""
+    found = [[{row.tobytes(): place for place, row in enumerate(head)} for head in rows_of(layer)]
+             for layer in self.cache.layers]
+    if any(len(head) != self.tokens for layer in found for head in layer):
+      raise SystemExit("two KVs of one head are equal, so that those kept cannot be told apart")
+    return found
+
   def compressed(self, press):
     """A copy of the cache as the press leaves it."""
     from transformers import DynamicCache
@@ -99,20 +109,16 @@ def kept_positions(prefill, cache):
   """
   import numpy as np
 
-  found = []
-  for layer, before, after in zip(prefill.model.model.layers, prefill.cache.layers, cache.layers, strict=True):
-    old, new = (rows_of(one) for one in (before, after))
-    kept = np.zeros(old.shape[:2], bool)
-    for head in range(old.shape[0]):
-      places = {row.tobytes(): place for place, row in enumerate(old[head])}
-      if len(places) != old.shape[1]:
-        raise SystemExit("two KVs of one head are equal, so that those kept cannot be told apart")
-      kept[head, [places[row.tobytes()] for row in new[head]]] = True
+  layers = []
+  for layer, places, after in zip(prefill.model.model.layers, prefill.places, cache.layers, strict=True):
+    kept = np.zeros((len(places), prefill.tokens), bool)
+    for head, rows in enumerate(rows_of(after)):
+      kept[head, [places[head][row.tobytes()] for row in rows]] = True
     if getattr(layer.self_attn, "masked_key_indices", None) is not None:
       _, heads, positions = (index.cpu().numpy() for index in layer.self_attn.masked_key_indices)
       kept[heads, positions] = False
-    found.append(kept)
-  return np.stack(found)
+    layers.append(kept)
+  return np.stack(layers)
 
 
 def rows_of(layer):
