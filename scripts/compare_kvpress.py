@@ -382,6 +382,9 @@ def main() -> int:
 def run(args: argparse.Namespace) -> Row:
   """What the command line asks for: questions, our answers, theirs where --python is given, and the comparison."""
   check_count("--window", args.window, at_least=1)
+  check_count("--count", args.count, at_least=1)
+  for length in args.length:
+    check_count("--length", length, at_least=16)
   for rate in args.rate:
     if rate <= 1:
       raise InputError(f"--rate is {rate}; give numbers above 1 (the full cache is policy {FULL})")
@@ -453,6 +456,13 @@ def _write_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
   path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
+def _fraction(text: str) -> Fraction:
+  try:
+    return Fraction(text)
+  except ZeroDivisionError:
+    raise argparse.ArgumentTypeError(f"{text} divides by zero") from None
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("model", help="Hugging Face folder")
@@ -463,7 +473,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--length", type=int, nargs="+", default=[4096], help="tokens of prompt and answer")
   parser.add_argument("--count", type=int, default=20, help="questions of each task and length")
   parser.add_argument("--question-seed", type=int, default=0)
-  parser.add_argument("--rate", type=Fraction, nargs="+", default=[Fraction(2**i) for i in range(1, 6)])
+  parser.add_argument("--rate", type=_fraction, nargs="+", default=[Fraction(2**i) for i in range(1, 6)])
   parser.add_argument("--policy", nargs="+", default=list(POLICIES), choices=POLICIES)
   parser.add_argument("--window", type=int, default=32, help="of protected and, for snapkv and adakv, observed tokens")
   parser.add_argument("--block-size", type=int, default=16, help="of our cache; 1 holds what kvpress holds, to the KV")

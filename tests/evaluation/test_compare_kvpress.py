@@ -227,3 +227,5 @@ def test_a_folder_made_otherwise_is_refused(script, tmp_path):
     script.run(args(window=4))
   with pytest.raises(InputError, match="--rate is 1"):
     script.run(args(rate=[Fraction(1)]))
+  with pytest.raises(InputError, match="--length is 4"):
+    script.run(args(length=[4]))
