@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from hf_folders import hf_config, hf_tensors, write_folder
 
-from kvc_jax import Compression, Engine, InputError, QueueFull, RandomScore, SamplingParams, WindowAttention
+from kvc_jax import TOVA, Compression, Engine, InputError, QueueFull, RandomScore, SamplingParams, WindowAttention
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine import footprint
 
 pytestmark = pytest.mark.optimized
 
 OPERATIONS, WITH_PREFIXES = 10_000, 2_500
-RULES = (WindowAttention(queries=4, pooling=3), RandomScore())
+RULES = (WindowAttention(queries=4, pooling=3), RandomScore(), TOVA())
+ALLOCATIONS = ("all", "head", "pyramid")
 LONGEST_WAIT = 250  # steps; a request decodes for 14 at most
 
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
 def _engine(folder, **options):
   return Engine(
       folder, max_num_seqs=4, block_size=2, chunk_size=8, num_blocks=2 * 16 + 1, max_waiting=10, steps_per_sync=2,
-      swap_bytes=3000, rules=RULES, allocations=("all", "head"), **options)
+      swap_bytes=3000, rules=RULES, allocations=ALLOCATIONS, **options)
 
 
 def _random_request(rng):
@@ -38,9 +39,12 @@ def _random_request(rng):
   if rng.random() < 0.7:
     compression = Compression(
         rate=float(rng.choice([2, 4])), max_cache_tokens=int(rng.choice([6, 10])), window=int(rng.integers(1, 4)),
-        sinks=int(rng.integers(0, 2)), scoring=RULES[rng.integers(2)], allocation=("all", "head")[rng.integers(2)],
+        sinks=int(rng.integers(0, 2)), scoring=RULES[rng.integers(3)], allocation=ALLOCATIONS[rng.integers(3)],
         interval=[None, 1, 3][rng.integers(3)], on_demand=bool(rng.integers(2)),
         keep=[(2, 4)] * int(rng.integers(2)), prefill_interval=[None, 5][rng.integers(2)])
+    if rng.random() < 0.2 and compression.scoring.observed != "none":
+      compression = dataclasses.replace(
+          compression, mass=0.9, interval=None, prefill_interval=None, on_demand=False)
   params = SamplingParams(
       temperature=float(rng.integers(2)), seed=int(rng.integers(99)), max_tokens=int(rng.integers(1, 15)),
       n=1 + int(rng.random() < 0.1), ignore_eos=bool(rng.integers(2)))
