@@ -45,11 +45,7 @@ def main() -> None:
   parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script on a CPU")
   parser.add_argument("--out", default=str(common.RESULTS), help="folder for calls.json")
   args = parser.parse_args()
-  config = dataclasses.replace(common.llama_8b(), num_layers=args.layers)
-  if args.tiny:
-    config = dataclasses.replace(
-        config, vocab_size=1024, hidden_size=64, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
-        head_dim=16)
+  config = common.llama_tiny() if args.tiny else dataclasses.replace(common.llama_8b(), num_layers=args.layers)
   model = FlatModel.of(unstack_layers(common.random_model(config)))
   rows = []
   for slots in args.slots:

@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers need memory of their own
@@ -28,6 +28,7 @@ from flax import nnx
 from kvc_jax.cache.state import CacheConfig, CacheState, init_cache
 from kvc_jax.config import LlamaConfig, RopeConfig
 from kvc_jax.model.llama import Llama
+from kvc_jax.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -295,6 +296,13 @@ def llama_8b() -> LlamaConfig:
       head_dim=128, rms_norm_eps=1e-5, rope=rope, max_position_embeddings=131_072)
 
 
+def llama_tiny() -> LlamaConfig:
+  """A tiny model, to try a script on a CPU."""
+  return dataclasses.replace(
+      llama_8b(), vocab_size=1024, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4,
+      num_kv_heads=2, head_dim=32)
+
+
 def random_model(config: LlamaConfig, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Llama:
   """A model with random weights, made on the device without a copy on the host."""
   return nnx.jit(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))()
@@ -304,3 +312,25 @@ def parameter_bytes(model: Llama) -> int:
   """Bytes that one decode step reads of the parameters: all but the embedding, of which it reads a few rows."""
   total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
   return total if model.lm_head is None else total - model.embed.embedding[...].nbytes
+
+
+class _EveryIdHasText(Tokenizer):
+  """The shipped model's pieces over and over: updates come with text, and it is they that are timed."""
+
+  def token(self, token_id: int) -> str | None:
+    return super().token(_piece(token_id))
+
+  def is_special(self, token_id: int) -> bool:
+    return super().is_special(_piece(token_id))
+
+  def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+    return super().decode([_piece(token_id) for token_id in ids], skip_special_tokens)
+
+
+def _piece(token_id: int) -> int:
+  return 300 + token_id % 200  # behind the special tokens and the bytes
+
+
+def endless_tokenizer() -> Tokenizer:
+  """For a model of any vocabulary: all ids have text."""
+  return _EveryIdHasText.from_folder(ROOT / "assets" / "stories260K")

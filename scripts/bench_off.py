@@ -23,7 +23,6 @@ import bench_common as common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_throughput import _TOKENIZER, _EveryIdHasText, _tiny
 
 from kvc_jax.cache import alloc
 from kvc_jax.cache.state import CacheState
@@ -42,7 +41,7 @@ from kvc_jax.model.llama import unstack_layers
 def main() -> None:
   args = _arguments()
   bandwidth = common.read_bandwidth(4 << 30 if not args.tiny else 16 << 20)
-  config = common.llama_8b() if not args.tiny else _tiny()
+  config = common.llama_8b() if not args.tiny else common.llama_tiny()
   model = unstack_layers(common.random_model(config))
   engines = {"off": _engine(model, args), "compiled out": _engine(model, args)}
   engines["compiled out"].batch = SharedBatch(engines["compiled out"].batch)
@@ -83,7 +82,7 @@ def _arguments() -> argparse.Namespace:
 
 def _engine(model: Any, args: argparse.Namespace) -> Engine:
   return Engine(
-      model, tokenizer=_EveryIdHasText.from_folder(_TOKENIZER), max_model_len=args.input + args.output,
+      model, tokenizer=common.endless_tokenizer(), max_model_len=args.input + args.output,
       max_num_seqs=args.seqs, chunk_size=min(2048, args.input), steps_per_sync=16,
       num_blocks=_blocks(model.config, args))
 

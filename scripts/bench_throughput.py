@@ -40,7 +40,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import bench_common as common
@@ -54,14 +54,12 @@ from kvc_jax.engine.engine import Engine
 from kvc_jax.engine.request import SamplingParams, Update
 from kvc_jax.eviction.compression import Compression
 from kvc_jax.model.llama import Llama, unstack_layers
-from kvc_jax.tokenizer import Tokenizer
 
 _INTERVAL = 64
 _SLOTS = (8, 32, 128, 256)
 _PLAN_AHEAD = 1.0  # all outputs have their full length
 _SAMPLED = 1 / 8
 _FEWEST_STEADY = 8
-_TOKENIZER = common.ROOT / "assets" / "stories260K"
 
 
 def main() -> None:
@@ -78,7 +76,8 @@ def main() -> None:
 def _measure(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
   """Runs all points, and adds each row to `rows` and to the file as soon as it is there."""
   bandwidth, matmul = common.read_bandwidth(args.probe_bytes), common.matmul_rate(args.probe_matrix)
-  config = dataclasses.replace(common.llama_8b() if not args.tiny else _tiny(), max_position_embeddings=131_072)
+  shape = common.llama_tiny() if args.tiny else common.llama_8b()
+  config = dataclasses.replace(shape, max_position_embeddings=131_072)
   if args.layers:
     config = dataclasses.replace(config, num_layers=args.layers)
 
@@ -135,30 +134,7 @@ def _rate(text: str) -> float | None:
   return None if text == "off" else float(text)
 
 
-def _tiny() -> LlamaConfig:
-  return dataclasses.replace(
-      common.llama_8b(), vocab_size=1024, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4,
-      num_kv_heads=2, head_dim=32)
-
-
 # --------------------------------------------------------------------------- ours
-
-
-class _EveryIdHasText(Tokenizer):
-  """The shipped model's pieces over and over: updates come with text, and it is they that are timed."""
-
-  def token(self, token_id: int) -> str | None:
-    return super().token(_piece(token_id))
-
-  def is_special(self, token_id: int) -> bool:
-    return super().is_special(_piece(token_id))
-
-  def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-    return super().decode([_piece(token_id) for token_id in ids], skip_special_tokens)
-
-
-def _piece(token_id: int) -> int:
-  return 300 + token_id % 200  # behind the special tokens and the bytes
 
 
 @dataclasses.dataclass
@@ -235,7 +211,7 @@ class Point:
     # Few sizes, so that points share programs; a decode step reads the weights whatever the number of its rows.
     slots = next((slots for slots in _SLOTS if slots >= self.batch * 5 // 4), _SLOTS[-1])
     engine = Engine(
-        self.model, tokenizer=_EveryIdHasText.from_folder(_TOKENIZER), max_model_len=self.length + args.output,
+        self.model, tokenizer=common.endless_tokenizer(), max_model_len=self.length + args.output,
         max_num_seqs=slots, chunk_size=min(args.chunk_size, self.length), num_blocks=self.num_blocks,
         chunks_per_step=args.chunks_per_step, steps_per_sync=args.steps_per_sync, plan_ahead=_PLAN_AHEAD)
     start = time.perf_counter()
