@@ -37,7 +37,7 @@ class Progress(NamedTuple):
 
   def step(self, grads: Params, rate: jax.Array, *, clip: float) -> "tuple[Progress, jax.Array]":
     """One step of Adam with gradients cut to a norm of `clip`; also their norm before."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
     updates, adam = _ADAM.update(grads, self.adam)
     return Progress(jax.tree.map(lambda param, update: param - rate * update, self.params, updates), adam), norm
