@@ -522,18 +522,20 @@ def _eval_recall(args: argparse.Namespace) -> int:
 
 def _run_tasks(args: argparse.Namespace, engine: Any, policies: Sequence["_Policy"], tasks: Sequence[Any]) -> int:
   """Every task under every policy, then the report; what is on disk already is not run again."""
-  from kvc_jax.evaluation.runner import run_task
+  from kvc_jax.evaluation.runner import check_task, run_task
 
+  runs = [(task, args.out / policy.name / f"{task.name}.jsonl", policy.compression, _settings(engine, policy))
+          for policy in policies for task in tasks]
+  for run in runs:
+    check_task(*run)
   _warm_up_to_measure(args, engine)
-  for policy in policies:
-    for task in tasks:
-      run_task(engine, task, args.out / policy.name / f"{task.name}.jsonl", policy.compression,
-               _settings(engine, policy), progress=_shows_progress(args))
+  for run in runs:
+    run_task(engine, *run, progress=_shows_progress(args))
   return _eval_report(args)
 
 
 def _eval_perplexity(args: argparse.Namespace) -> int:
-  from kvc_jax.evaluation.perplexity import run_perplexity, windows_of
+  from kvc_jax.evaluation.perplexity import check_perplexity, run_perplexity, windows_of
 
   text = _read(args.text, "a text, or - for standard input")
   policies = _policies(args)
@@ -543,10 +545,13 @@ def _eval_perplexity(args: argparse.Namespace) -> int:
     context = min(engine.max_model_len - args.target_tokens, 4096)
   windows = windows_of(
       engine.tokenizer, text, context_tokens=context, target_tokens=args.target_tokens, most=args.windows)
+  runs = [(args.out / policy.name / "perplexity.jsonl", policy.compression, _settings(engine, policy))
+          for policy in policies]
+  for run in runs:
+    check_perplexity(engine, windows, *run)
   _warm_up_to_measure(args, engine)
-  for policy in policies:
-    run_perplexity(engine, windows, args.out / policy.name / "perplexity.jsonl", policy.compression,
-                   _settings(engine, policy), progress=_shows_progress(args))
+  for run in runs:
+    run_perplexity(engine, windows, *run, progress=_shows_progress(args))
   return _eval_report(args)
 
 
@@ -594,7 +599,10 @@ def _budgets(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _load_to_measure(args: argparse.Namespace, policies: Sequence[_Policy]) -> Any:
   from kvc_jax.engine.engine import Engine
+  from kvc_jax.evaluation.records import check_can_write
 
+  for policy in policies:
+    check_can_write(args.out / policy.name)
   compressions = [policy.compression for policy in policies if policy.compression]
   return Engine(
       args.model, **_given(args, _MODEL_OPTIONS), compilation_cache_dir=args.compilation_cache, progress=not args.quiet,

@@ -14,7 +14,7 @@ import tqdm
 from kvc_jax.engine.engine import Engine
 from kvc_jax.engine.request import CompressionReceipt, RequestOutput, SamplingParams
 from kvc_jax.errors import InputError
-from kvc_jax.evaluation.records import Record, open_records
+from kvc_jax.evaluation.records import Record, check_records, open_records
 from kvc_jax.evaluation.task import Sample, Task
 from kvc_jax.eviction.compression import Compression
 
@@ -51,8 +51,7 @@ def run_task(
     InputError: the file was made under other settings or is damaged, or a sample
       does not fit the engine; what was done before stays on disk.
   """
-  every = {**settings, "compression": described(compression), "task": task.name, **task.settings}
-  with open_records(path, every) as file:
+  with open_records(path, _all_settings(task, compression, settings)) as file:
     done = {record.get("id") for record in file.records}
     order: dict[str, int] = {}
     todo = _counted(task.samples(engine.tokenizer), order, done)
@@ -69,6 +68,15 @@ def run_task(
       raise InputError(f"{path} has a record of {unknown[0]!r}, which is no sample of {task.name}; remove the file, "
                        "or ask for as many samples as before")
     return sorted(file.records, key=lambda record: order[record["id"]])
+
+
+def check_task(task: Task, path: pathlib.Path, compression: Compression | None, settings: Mapping[str, Any]) -> None:
+  """Raises the InputError with which `run_task` would refuse to go on with a file, before anything is compiled."""
+  check_records(path, _all_settings(task, compression, settings))
+
+
+def _all_settings(task: Task, compression: Compression | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+  return {**settings, "compression": described(compression), "task": task.name, **task.settings}
 
 
 def described(value: Any) -> Any:
