@@ -471,11 +471,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-  from kvc_jax.engine.profile import measure_profile
+  from kvc_jax.engine.profile import check_competes, measure_profile
 
   compression = _compression(args)
   if compression is None:
     raise InputError("calibrate measures what a compression keeps; give --rate or --max-cache-tokens")
+  check_competes(compression)
   if not args.out.absolute().parent.is_dir() or args.out.is_dir():
     raise InputError(f"cannot write {args.out}; give a file name in a folder that exists")
   llm = _load(args)
