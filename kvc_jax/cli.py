@@ -170,7 +170,9 @@ def _add_eval(commands: Any) -> None:
 def _add_eval_options(parser: argparse.ArgumentParser) -> None:
   """What every evaluation that runs a model takes."""
   _add_model_options(parser)
-  _add_compression_options(parser, "compression, one run for each combination; a rate of 1 is without", several=True)
+  _add_compression_options(
+      parser, "compression: a run for each combination of one budget, one scoring and one allocation; "
+      "a rate of 1 is without", several=True)
   group = parser.add_argument_group("run")
   group.add_argument("--out", type=pathlib.Path, default=pathlib.Path("kvc-eval"),
                      help="folder for results; a run that was broken off goes on there (default: %(default)s)")
@@ -578,8 +580,11 @@ def _policies(args: argparse.Namespace) -> list[_Policy]:
     if budget.get("rate") == 1:
       policy = _Policy(UNCOMPRESSED, UNCOMPRESSED, None)
     else:
-      compression = _compression(argparse.Namespace(
-          **{**vars(args), **every, "scoring": scoring, "allocation": allocation}))
+      # Beside `profile` the file is that allocation's alone: the others take it only where it biases them.
+      others = allocation != PROFILE and PROFILE in (args.allocation or []) and args.head_bias is None
+      compression = _compression(argparse.Namespace(**{
+          **vars(args), **every, "scoring": scoring, "allocation": allocation,
+          "head_profile": None if others else args.head_profile}))
       series = UNCOMPRESSED
       if compression is not None:
         heads = compression.allocation

@@ -4,9 +4,10 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
-from kvc_jax import cli
+from kvc_jax import HeadProfile, InputError, cli
 from kvc_jax.cli import main
 from kvc_jax.engine.engine import Engine
 from kvc_jax.evaluation import plots
@@ -276,3 +277,17 @@ def test_each_combination_is_a_policy():
   assert "full-head-8x" in names
   compression = next(policy.compression for policy in policies if policy.name == "full-head-max_cache_tokens-64")
   assert (compression.rate, compression.max_cache_tokens, compression.allocation) == (None, 64, "head")
+
+
+def test_a_head_profile_is_compared_with_other_allocations(tmp_path):
+  path = str(tmp_path / "p.safetensors")
+  HeadProfile(np.full((5, 4, 2), 0.5)).save(path)
+  command = ["eval", "longbench", "m", "--data", "d", "--rate", "2", "--head-profile", path]
+  policies = cli._policies(cli._parser().parse_args([*command, "--allocation", "all", "profile", "head"]))
+  assert [policy.name for policy in policies] == ["window-all-2x", "window-HeadProfile-2x", "window-head-2x"]
+  assert [policy.compression.allocation for policy in policies] == ["all", HeadProfile.load(path), "head"]
+  (alone,) = cli._policies(cli._parser().parse_args(command))
+  assert alone == policies[1]
+  for allocations in (["all"], ["all", "head"]):  # a file that no policy would take
+    with pytest.raises(InputError, match="--head-profile goes with --allocation profile"):
+      cli._policies(cli._parser().parse_args([*command, "--allocation", *allocations]))
