@@ -573,6 +573,8 @@ def _policies(args: argparse.Namespace) -> list[_Policy]:
 
   if args.label is not None and (not args.label.strip(".") or "/" in args.label or args.label == UNCOMPRESSED):
     raise InputError(f"--label {args.label!r} is no name for a folder of its own; give letters and digits")
+  if args.seed is not None and "random" not in (args.scoring or []):
+    raise InputError("--seed is of --scoring random alone, and nothing else is drawn; give that, or leave --seed out")
   policies: dict[str, _Policy] = {}
   for scoring, allocation, budget in itertools.product(
       args.scoring or [None], args.allocation or [None], _budgets(args)):

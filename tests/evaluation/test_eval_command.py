@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from kvc_jax import HeadProfile, InputError, cli
+from kvc_jax import Compression, HeadProfile, InputError, RandomScore, cli
 from kvc_jax.cli import main
 from kvc_jax.engine.engine import Engine
 from kvc_jax.evaluation import plots
@@ -205,6 +205,8 @@ def test_without_matplotlib_there_are_tables(data, tmp_path, capsys, monkeypatch
     (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
     (["--rate", "0.5"], "rate is 0.5"),
     (["--scoring", "full"], "--scoring compresses nothing without --rate"),
+    (["--seed", "3"], "--seed is of --scoring random alone"),
+    (["--rate", "2", "--scoring", "full", "window", "--seed", "3"], "--seed is of --scoring random alone"),
     (["--rate", "2", "--label", "a/b"], "--label 'a/b' is no name"),
     (["--rate", "2", "--label", "uncompressed"], "--label 'uncompressed' is no name"),
     (["--rate", "2", "--label", "a", "--scoring", "full", "window"], "two policies would be called a-2x"),
@@ -277,6 +279,13 @@ def test_each_combination_is_a_policy():
   assert "full-head-8x" in names
   compression = next(policy.compression for policy in policies if policy.name == "full-head-max_cache_tokens-64")
   assert (compression.rate, compression.max_cache_tokens, compression.allocation) == (None, 64, "head")
+
+
+def test_a_seed_is_random_scoring_s():
+  command = ["eval", "recall", "m", "--rate", "2", "--scoring", "window", "random", "--seed", "3"]
+  window, drawn = cli._policies(cli._parser().parse_args(command))
+  assert window.compression == Compression(rate=2)
+  assert drawn.compression == Compression(rate=2, scoring=RandomScore(seed=3))
 
 
 def test_a_head_profile_is_compared_with_other_allocations(tmp_path):
