@@ -272,7 +272,8 @@ def _add_compression_options(
   group.add_argument("--rate", type=float, **many, help="keep one KV in RATE outside the window")
   group.add_argument("--max-cache-tokens", type=int, **many, help="keep this many tokens per head, on average")
   group.add_argument("--mass", type=float, **many,
-                     help="keep the smallest cache with this share (0 to 1) of the scores' sum")
+                     help="keep the smallest cache with this share (0 to 1) of the scores' sum: of squared attention "
+                     "with --scoring window and full, of attention with --power 1")
   group.add_argument("--window", type=int, help="newest tokens that always stay (default: 32)")
   group.add_argument("--sinks", type=int, help="first tokens that always stay (default: 0)")
   group.add_argument("--keep", action="append", type=_range, metavar="START:END",
@@ -341,7 +342,7 @@ def _compression(args: argparse.Namespace) -> Any:
   if not _given(args, _BUDGET_OPTIONS):
     if idle := [*options, *_given(args, ("scoring", *_SCORING_OPTIONS, *_PROFILE_OPTIONS))]:
       raise InputError(
-          f"{_flag(idle[0])} compresses nothing without --rate or --max-cache-tokens (or --mass); give one of them")
+          f"{_flag(idle[0])} compresses nothing without --rate, --max-cache-tokens or --mass; give one of them")
     return None
   scoring = _scoring(args)
   if args.head_profile is None:
