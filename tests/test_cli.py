@@ -59,6 +59,15 @@ def test_samples_with_log_probabilities(capsys):
   assert "--- prompt 0, sample 1 ---" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [["--help"], ["generate", "--help"], ["eval", "recall", "--help"]])
+def test_help_comes_without_jax(command):
+  code = ("import sys; sys.modules['jax'] = None; from kvc_jax.cli import main; "  # an import of it raises
+          "sys.exit(main(sys.argv[1:]))")
+  done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("usage: kvc")
+
+
 def test_kept_positions_stay(capsys):
   prompt = "Once upon a time there was a dog. " * 6
   command = ["generate", str(STORIES), "--prompt", prompt, "--json", "--block-size", "2"]

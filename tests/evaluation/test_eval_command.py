@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from kvc_jax import Compression, HeadProfile, InputError, RandomScore, cli
+from kvc_jax import Compression, HeadProfile, InputError, RandomScore, cli, cli_eval
 from kvc_jax.cli import main
 from kvc_jax.engine.engine import Engine
 from kvc_jax.evaluation import plots
@@ -272,7 +272,7 @@ def test_each_combination_is_a_policy():
   args = cli._parser().parse_args([
       "eval", "longbench", "m", "--data", "d", "--rate", "1", "2", "8", "--max-cache-tokens", "64", "--scoring",
       "window", "full", "--allocation", "all", "head"])
-  policies = cli._policies(args)
+  policies = cli_eval.policies_of(args)
   assert policies[0].compression is None
   names = [policy.name for policy in policies]
   assert len(names) == len(set(names)) == 1 + 3 * 4
@@ -283,7 +283,7 @@ def test_each_combination_is_a_policy():
 
 def test_a_seed_is_random_scoring_s():
   command = ["eval", "recall", "m", "--rate", "2", "--scoring", "window", "random", "--seed", "3"]
-  window, drawn = cli._policies(cli._parser().parse_args(command))
+  window, drawn = cli_eval.policies_of(cli._parser().parse_args(command))
   assert window.compression == Compression(rate=2)
   assert drawn.compression == Compression(rate=2, scoring=RandomScore(seed=3))
 
@@ -292,11 +292,11 @@ def test_a_head_profile_is_compared_with_other_allocations(tmp_path):
   path = str(tmp_path / "p.safetensors")
   HeadProfile(np.full((5, 4, 2), 0.5)).save(path)
   command = ["eval", "longbench", "m", "--data", "d", "--rate", "2", "--head-profile", path]
-  policies = cli._policies(cli._parser().parse_args([*command, "--allocation", "all", "profile", "head"]))
+  policies = cli_eval.policies_of(cli._parser().parse_args([*command, "--allocation", "all", "profile", "head"]))
   assert [policy.name for policy in policies] == ["window-all-2x", "window-HeadProfile-2x", "window-head-2x"]
   assert [policy.compression.allocation for policy in policies] == ["all", HeadProfile.load(path), "head"]
-  (alone,) = cli._policies(cli._parser().parse_args(command))
+  (alone,) = cli_eval.policies_of(cli._parser().parse_args(command))
   assert alone == policies[1]
   for allocations in (["all"], ["all", "head"]):  # a file that no policy would take
     with pytest.raises(InputError, match="--head-profile goes with --allocation profile"):
-      cli._policies(cli._parser().parse_args([*command, "--allocation", *allocations]))
+      cli_eval.policies_of(cli._parser().parse_args([*command, "--allocation", *allocations]))
