@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import io
 import ipaddress
-import itertools
 import json
 import logging
 import os
@@ -13,19 +12,21 @@ import pathlib
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from kvc_jax.errors import InputError, check_count
-from kvc_jax.eviction.names import ALLOCATIONS, PROFILE, SCORINGS
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-class _Parser(argparse.ArgumentParser):
-  """Ends with one line on a wrong argument."""
-
-  def error(self, message: str) -> NoReturn:
-    self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+from kvc_jax.cli_eval import add_eval
+from kvc_jax.cli_options import (
+    DTYPES,
+    MODEL_OPTIONS,
+    Parser,
+    add_compression_options,
+    add_model_options,
+    compression_of,
+    given_options,
+    read_text,
+)
+from kvc_jax.errors import InputError
+from kvc_jax.eviction.names import ALLOCATIONS, SCORINGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,14 +61,14 @@ def _fail(message: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(prog="kvc", description="Text generation with a compressed KV cache.")
+  parser = Parser(prog="kvc", description="Text generation with a compressed KV cache.")
   parser.add_argument("--version", action="version", version=_version())
-  commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+  commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
   _add_convert(commands)
   _add_generate(commands)
   _add_inspect(commands)
   _add_calibrate(commands)
-  _add_eval(commands)
+  add_eval(commands)
   _add_serve(commands)
   demo = commands.add_parser("demo", help="tell the shipped model's story at 1x, 2x, 4x and 8x")
   demo.add_argument("--heatmap", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
@@ -85,7 +86,7 @@ def _add_convert(commands: Any) -> None:
   convert = commands.add_parser("convert", help="convert a Hugging Face Llama folder to an Orbax checkpoint")
   convert.add_argument("source", metavar="SRC", help="folder with config.json, safetensors and tokenizer")
   convert.add_argument("target", metavar="DST", help="folder to make")
-  convert.add_argument("--dtype", choices=_DTYPES, help="of the weights; the source's own by default")
+  convert.add_argument("--dtype", choices=DTYPES, help="of the weights; the source's own by default")
   convert.add_argument("--overwrite", action="store_true", help="replace DST if it is a model's folder")
   convert.set_defaults(run=_convert)
 
@@ -110,9 +111,9 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_calibrate(commands: Any) -> None:
   calibrate = commands.add_parser("calibrate", help="measure what share of its tokens each head keeps on some prompts")
-  _add_model_options(calibrate)
+  add_model_options(calibrate)
   _add_prompt_options(calibrate)
-  _add_compression_options(calibrate)
+  add_compression_options(calibrate)
   calibrate.add_argument("--bins", type=int, default=16,
                          help="equal parts of a prompt that are counted apart (default: %(default)s)")
   calibrate.add_argument("--out", "-o", type=pathlib.Path, default=pathlib.Path("head-profile.safetensors"),
@@ -120,71 +121,9 @@ def _add_calibrate(commands: Any) -> None:
   calibrate.set_defaults(run=_calibrate)
 
 
-def _add_eval(commands: Any) -> None:
-  evaluate = commands.add_parser("eval", help="measure quality, bytes held and speed under compression")
-  kinds = evaluate.add_subparsers(required=True, metavar="WHAT", parser_class=_Parser)
-  longbench = kinds.add_parser("longbench", help="LongBench and LongBench-E, by their own metrics")
-  _add_eval_options(longbench)
-  group = longbench.add_argument_group("questions")
-  group.add_argument("--data", required=True, help="folder with LongBench's SET.jsonl files")
-  group.add_argument("--set", nargs="+", default=[], metavar="NAME", help="sets to ask; all that are there by default")
-  group.add_argument("--longbench-e", action="store_true", help="LongBench-E (SET_e.jsonl), with scores by length")
-  group.add_argument("--limit", type=int, help="ask only so many questions of each set")
-  group.add_argument("--max-input-tokens", type=int,
-                     help="longer prompts are cut in the middle; by default what the context has room for")
-  group.add_argument("--max-new-tokens", type=int, help="of an answer; by default LongBench's own number for each set")
-  group.add_argument("--template", choices=("auto", "model", "llama2", "none"), default="auto",
-                     help="around prompts: the model's chat template, LongBench's [INST]...[/INST], or none; never "
-                     "around few-shot and code prompts (default: the model's, where it has one)")
-  longbench.set_defaults(run=_eval_longbench)
-  recall = kinds.add_parser("recall", help="facts to be found again in a text, at any length")
-  _add_eval_options(recall)
-  group = recall.add_argument_group("questions")
-  group.add_argument("--task", nargs="+", default=[], metavar="NAME", help="tasks to ask (default: all)")
-  group.add_argument("--length", nargs="+", type=int, default=[1024, 2048, 4096], metavar="TOKENS",
-                     help="of prompt and answer together (default: 1024 2048 4096)")
-  group.add_argument("--count", type=int, default=50, help="questions of each task and length (default: %(default)s)")
-  group.add_argument("--text", metavar="FILE", help="UTF-8 text to hide facts in (default: a novel that is shipped)")
-  group.add_argument("--question-seed", type=int, default=0, help="other seeds ask other questions")
-  recall.set_defaults(run=_eval_recall)
-  perplexity = kinds.add_parser("perplexity", help="perplexity of a text's tokens behind a compressed context")
-  _add_eval_options(perplexity)
-  group = perplexity.add_argument_group("text")
-  group.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, - for standard input")
-  group.add_argument("--context-tokens", type=int,
-                     help="prefilled and compressed in each window (default: what the targets leave, 4096 at most)")
-  group.add_argument("--target-tokens", type=int, default=128, help="predicted in each window (default: %(default)s)")
-  group.add_argument("--windows", type=int, default=32, help="most windows (default: %(default)s)")
-  perplexity.set_defaults(run=_eval_perplexity)
-  score = kinds.add_parser("score", help="score existing predictions by LongBench's metrics")
-  score.add_argument("predictions", metavar="DIR",
-                     help="folder with SET.jsonl files of pred, answers, all_classes and length")
-  score.add_argument("--longbench-e", action="store_true", help="scores by length as well")
-  score.add_argument("--json", action="store_true", help="print one JSON object, with the score of every sample")
-  score.set_defaults(run=_eval_score)
-  report = kinds.add_parser("report", help="table and plots of what kvc eval wrote so far")
-  report.add_argument("out", metavar="DIR", type=pathlib.Path, help="--out of a kvc eval command")
-  report.set_defaults(run=_eval_report)
-
-
-def _add_eval_options(parser: argparse.ArgumentParser) -> None:
-  """What every evaluation that runs a model takes."""
-  _add_model_options(parser)
-  _add_compression_options(parser, "compression, one run for each combination; a rate of 1 is without", several=True)
-  group = parser.add_argument_group("run")
-  group.add_argument("--out", type=pathlib.Path, default=pathlib.Path("kvc-eval"),
-                     help="folder for results; a run that was broken off goes on there (default: %(default)s)")
-  group.add_argument("--label", help="name of these policies in tables and plots, instead of scoring and allocation")
-  group.add_argument("--seed", type=int, help="of --scoring random")
-  group.add_argument("--warm-up", choices=("own", "none"), default="own",
-                     help="compile before the clock runs, or not (default: %(default)s)")
-  group.add_argument("--compilation-cache", help="folder where compiled steps are kept for the next start")
-  group.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
 def _add_serve(commands: Any) -> None:
   serve = commands.add_parser("serve", help="serve a model over HTTP, as OpenAI's API does")
-  _add_model_options(serve)
+  add_model_options(serve)
   group = serve.add_argument_group("server")
   group.add_argument("--host", default="127.0.0.1", help="to listen on (default: %(default)s)")
   group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
@@ -206,30 +145,16 @@ def _add_serve(commands: Any) -> None:
                      help="steps to compile before serving: for this command's own scoring and allocation, for all "
                      "of them, or none (default: %(default)s)")
   group.add_argument("--compilation-cache", help="folder where compiled steps are kept for the next start")
-  _add_compression_options(serve, "compression of requests that say nothing of it")
+  add_compression_options(serve, "compression of requests that say nothing of it")
   serve.set_defaults(run=_serve)
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
   """What every command that runs a model takes."""
-  _add_model_options(parser)
+  add_model_options(parser)
   _add_prompt_options(parser)
   _add_sampling_options(parser)
-  _add_compression_options(parser)
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face or converted checkpoint")
-  group = parser.add_argument_group("model and cache")
-  group.add_argument("--dtype", choices=_DTYPES, help="of weights and cache; the checkpoint's own by default")
-  group.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto",
-                     help="of the cache alone; fp8 halves a bfloat16 one (default: %(default)s)")
-  group.add_argument("--max-model-len", type=int, help="most tokens of prompt and output together")
-  group.add_argument("--max-num-seqs", type=int, default=8, help="prompts that run at once (default: %(default)s)")
-  group.add_argument("--block-size", type=int, default=16, help="KVs in a block (default: %(default)s)")
-  group.add_argument("--chunk-size", type=int, default=256, help="tokens of a prefill chunk (default: %(default)s)")
-  group.add_argument("--num-blocks", type=int, help="size of the block pool")
-  group.add_argument("--kv-cache-memory-bytes", type=int, help="size of the block pool in bytes")
+  add_compression_options(parser)
 
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -254,109 +179,6 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
 
 
-def _range(text: str) -> tuple[int, int]:
-  start, _, end = text.partition(":")
-  try:
-    return int(start), int(end)
-  except ValueError:
-    raise argparse.ArgumentTypeError(f"{text!r} is no range; give START:END, such as 0:32") from None
-
-
-def _add_compression_options(
-    parser: argparse.ArgumentParser, title: str = "compression", *, several: bool = False) -> None:
-  """With `several`, budgets, allocations and scorings take any number of values."""
-  many: dict[str, Any] = {"nargs": "+"} if several else {}
-  group = parser.add_argument_group(f"{title} (off without --rate, --max-cache-tokens or --mass)")
-  group.add_argument("--rate", type=float, **many, help="keep one KV in RATE outside the window")
-  group.add_argument("--max-cache-tokens", type=int, **many, help="keep this many tokens per head, on average")
-  group.add_argument("--mass", type=float, **many,
-                     help="keep the smallest cache with this share (0 to 1) of the scores' sum")
-  group.add_argument("--window", type=int, help="newest tokens that always stay (default: 32)")
-  group.add_argument("--sinks", type=int, help="first tokens that always stay (default: 0)")
-  group.add_argument("--keep", action="append", type=_range, metavar="START:END",
-                     help="token positions that are never evicted; may be repeated")
-  group.add_argument("--allocation", choices=(*ALLOCATIONS, PROFILE), **many,
-                     help="heads that share a budget (default: all of a sequence)")
-  group.add_argument("--safeguard", type=float,
-                     help="share of the budget that every head keeps at least, with allocation all or layer")
-  group.add_argument("--head-profile", metavar="FILE", help="of kvc calibrate: gives each head a budget of its own")
-  group.add_argument("--head-bias", type=float, metavar="WEIGHT",
-                     help="let --head-profile shift the choice among heads instead; 1 is its full weight")
-  group.add_argument("--interval", type=int,
-                     help="decode steps between compressions; once after the prompt by default")
-  group.add_argument("--prefill-interval", type=int,
-                     help="prompt tokens between compressions while the prompt is prefilled; by default once it is")
-  group.add_argument("--on-demand", action="store_true", default=None,
-                     help="compress again whenever memory is short; the text then depends on what else is served")
-  group.add_argument("--scoring", choices=SCORINGS, **many, help="what a KV is worth (default: window)")
-  group.add_argument("--queries", type=int, help="prompt queries that window, snapkv and critical observe")
-  group.add_argument("--power", type=int, help="1 for plain, 2 for squared attention (window, full)")
-  group.add_argument("--reduction", choices=("sum", "mean"), help="over the observed queries (window, full, h2o)")
-  group.add_argument("--pooling", type=int, help="width of the pool along keys (window, snapkv, critical); 1 is none")
-  group.add_argument("--pool", choices=("max", "mean"), help="what --scoring snapkv takes of neighbours (default: max)")
-  group.add_argument("--buffer", type=int, help="newest tokens that a query does not count for")
-  group.add_argument("--decode-every", type=int, help="observe one decode query in so many (default: 2)")
-  group.add_argument("--future", type=int, help="positions to come that --scoring expected averages over")
-  group.add_argument("--epsilon", type=float, help="added to the attention before values count (expected, critical)")
-  group.add_argument("--first-share", type=float, help="of the budget that --scoring critical gives to attention alone")
-
-
-_BUDGET_OPTIONS = ("rate", "max_cache_tokens", "mass")
-_COMPRESSION_OPTIONS = (
-    "window", "sinks", "keep", "allocation", "safeguard", "interval", "prefill_interval", "on_demand")
-_PROFILE_OPTIONS = ("head_profile", "head_bias")
-_SCORING_OPTIONS = (
-    "queries", "power", "reduction", "pooling", "pool", "buffer", "decode_every", "future", "epsilon", "first_share")
-_MODEL_OPTIONS = ("dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "block_size", "chunk_size", "num_blocks",
-                  "kv_cache_memory_bytes")
-
-
-def _scoring(args: argparse.Namespace) -> Any:
-  from kvc_jax.eviction.rules import RULES
-
-  name = args.scoring or "window"
-  given, known = _given(args, _SCORING_OPTIONS), {field.name for field in dataclasses.fields(RULES[name])}
-  unfit = [_flag(option) for option in given if option not in known]
-  if unfit:
-    raise InputError(f"{', '.join(unfit)} does not go with --scoring {name}; leave it out")
-  if "seed" in known:
-    given["seed"] = getattr(args, "seed", None) or 0
-  return RULES[name](**given)
-
-
-def _flag(name: str) -> str:
-  return f"--{name.replace('_', '-')}"
-
-
-def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-  return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
-def _compression(args: argparse.Namespace) -> Any:
-  import kvc_jax
-
-  options = _given(args, (*_BUDGET_OPTIONS, *_COMPRESSION_OPTIONS))
-  if not _given(args, _BUDGET_OPTIONS):
-    if idle := [*options, *_given(args, ("scoring", *_SCORING_OPTIONS, *_PROFILE_OPTIONS))]:
-      raise InputError(
-          f"{_flag(idle[0])} compresses nothing without --rate or --max-cache-tokens (or --mass); give one of them")
-    return None
-  scoring = _scoring(args)
-  if args.head_profile is None:
-    if args.allocation == PROFILE or args.head_bias is not None:
-      raise InputError("a head profile is needed for this; give --head-profile FILE, which kvc calibrate makes")
-    return kvc_jax.Compression(**options, scoring=scoring)
-  profile = kvc_jax.HeadProfile.load(args.head_profile)
-  if args.head_bias is None:
-    if options.setdefault("allocation", PROFILE) != PROFILE:
-      raise InputError(f"--head-profile goes with --allocation {PROFILE}, or with --head-bias; give one of them")
-    return kvc_jax.Compression(**{**options, "allocation": profile}, scoring=scoring)
-  if args.allocation == PROFILE:
-    raise InputError(f"--allocation {PROFILE} leaves no choice among heads to --head-bias; leave one of them out")
-  return kvc_jax.Compression(
-      **options, scoring=kvc_jax.HeadBias(rule=scoring, profile=profile, weight=args.head_bias))
-
-
 def _sampling(args: argparse.Namespace) -> Any:
   import kvc_jax
 
@@ -369,26 +191,14 @@ def _sampling(args: argparse.Namespace) -> Any:
 def _prompts(args: argparse.Namespace) -> list[str]:
   prompts = list(args.prompt)
   for name in args.file or ([] if prompts else ["-"]):
-    prompts.append(_read(name))
+    prompts.append(read_text(name))
   return prompts
-
-
-def _read(name: str, needed: str = "a file with a prompt, or - for standard input") -> str:
-  if name == "-" and sys.stdin is None:
-    raise InputError("standard input is closed; give a prompt with --prompt or --file")
-  try:
-    data = sys.stdin.buffer.read() if name == "-" else pathlib.Path(name).read_bytes()
-    return data.decode("utf-8")
-  except FileNotFoundError:
-    raise InputError(f"{name} is missing; give {needed}") from None
-  except UnicodeDecodeError as e:
-    raise InputError(f"{name} is not UTF-8 text ({e.reason} at byte {e.start}); convert it") from None
 
 
 def _load(args: argparse.Namespace) -> Any:
   import kvc_jax
 
-  return kvc_jax.LLM(args.model, **_given(args, _MODEL_OPTIONS), progress=not getattr(args, "quiet", False))
+  return kvc_jax.LLM(args.model, **given_options(args, MODEL_OPTIONS), progress=not getattr(args, "quiet", False))
 
 
 def _as_prompts(llm: Any, args: argparse.Namespace) -> list[Any]:
@@ -407,7 +217,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-  sampling, compression = _sampling(args), _compression(args)  # checked before the model is loaded
+  sampling, compression = _sampling(args), compression_of(args)  # checked before the model is loaded
   if args.logprobs is not None and not args.json:
     raise InputError("--logprobs shows nothing without --json; give both")
   llm = _load(args)
@@ -456,7 +266,7 @@ def _inspect(args: argparse.Namespace) -> int:
   from kvc_jax.heatmap import check_can_draw, save_heatmap
 
   check_can_draw(args.out)
-  sampling, compression = _sampling(args), _compression(args)
+  sampling, compression = _sampling(args), compression_of(args)
   llm = _load(args)
   prompts = _as_prompts(llm, args)
   if len(prompts) != 1:
@@ -471,11 +281,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-  from kvc_jax.engine.profile import measure_profile
+  from kvc_jax.engine.profile import check_competes, measure_profile
 
-  compression = _compression(args)
+  compression = compression_of(args)
   if compression is None:
     raise InputError("calibrate measures what a compression keeps; give --rate or --max-cache-tokens")
+  check_competes(compression)
   if not args.out.absolute().parent.is_dir() or args.out.is_dir():
     raise InputError(f"cannot write {args.out}; give a file name in a folder that exists")
   llm = _load(args)
@@ -487,173 +298,6 @@ def _calibrate(args: argparse.Namespace) -> int:
   return 0
 
 
-def _eval_longbench(args: argparse.Namespace) -> int:
-  from kvc_jax.evaluation import longbench
-
-  extended = args.longbench_e
-  names = longbench.check_names(args.set or longbench.sets_in(args.data, extended=extended), extended=extended)
-  rows = {name: longbench.read_rows(args.data, name, extended=extended) for name in names}
-  for option in ("limit", "max_new_tokens"):
-    if (given := getattr(args, option)) is not None:
-      check_count(_flag(option), given, at_least=1)
-  policies = _policies(args)  # all is checked before the model is loaded
-  engine = _load_to_measure(args, policies)
-  tasks = []
-  for name in names:
-    new = min(longbench.most_new_tokens(name), args.max_new_tokens or longbench.most_new_tokens(name))
-    tasks.append(longbench.LongBenchTask(
-        name, rows[name], extended=extended, most_new_tokens=new, template=args.template, limit=args.limit,
-        most_input_tokens=longbench.input_tokens(name, engine.max_model_len, new, args.max_input_tokens)))
-  return _run_tasks(args, engine, policies, tasks)
-
-
-def _eval_recall(args: argparse.Namespace) -> int:
-  from kvc_jax.evaluation.recall import recall_tasks
-
-  lengths = sorted(set(args.length))
-  tasks = recall_tasks(args.task, text=args.text, lengths=lengths, count=args.count, seed=args.question_seed)
-  policies = _policies(args)
-  engine = _load_to_measure(args, policies)
-  if lengths[-1] > engine.max_model_len:
-    raise InputError(f"--length {lengths[-1]} is more than the model's context of {engine.max_model_len} tokens; "
-                     "give shorter ones, or --max-model-len where the model can take more")
-  return _run_tasks(args, engine, policies, tasks)
-
-
-def _run_tasks(args: argparse.Namespace, engine: Any, policies: Sequence["_Policy"], tasks: Sequence[Any]) -> int:
-  """Every task under every policy, then the report; what is on disk already is not run again."""
-  from kvc_jax.evaluation.runner import run_task
-
-  _warm_up_to_measure(args, engine)
-  for policy in policies:
-    for task in tasks:
-      run_task(engine, task, args.out / policy.name / f"{task.name}.jsonl", policy.compression,
-               _settings(engine, policy), progress=_shows_progress(args))
-  return _eval_report(args)
-
-
-def _eval_perplexity(args: argparse.Namespace) -> int:
-  from kvc_jax.evaluation.perplexity import run_perplexity, windows_of
-
-  text = _read(args.text, "a text, or - for standard input")
-  policies = _policies(args)
-  engine = _load_to_measure(args, policies)
-  context = args.context_tokens
-  if context is None:
-    context = min(engine.max_model_len - args.target_tokens, 4096)
-  windows = windows_of(
-      engine.tokenizer, text, context_tokens=context, target_tokens=args.target_tokens, most=args.windows)
-  _warm_up_to_measure(args, engine)
-  for policy in policies:
-    run_perplexity(engine, windows, args.out / policy.name / "perplexity.jsonl", policy.compression,
-                   _settings(engine, policy), progress=_shows_progress(args))
-  return _eval_report(args)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Policy:
-  """One run of an evaluation."""
-
-  name: str
-  series: str
-  compression: Any
-
-
-def _policies(args: argparse.Namespace) -> list[_Policy]:
-  """A policy for each combination of a budget, a scoring and an allocation; one without compression for a rate of 1."""
-  from kvc_jax.evaluation.summary import UNCOMPRESSED, policy_name
-
-  if args.label is not None and (not args.label.strip(".") or "/" in args.label or args.label == UNCOMPRESSED):
-    raise InputError(f"--label {args.label!r} is no name for a folder of its own; give letters and digits")
-  policies: dict[str, _Policy] = {}
-  for scoring, allocation, budget in itertools.product(
-      args.scoring or [None], args.allocation or [None], _budgets(args)):
-    every = {name: budget.get(name) for name in _BUDGET_OPTIONS}
-    if budget.get("rate") == 1:
-      policy = _Policy(UNCOMPRESSED, UNCOMPRESSED, None)
-    else:
-      compression = _compression(argparse.Namespace(
-          **{**vars(args), **every, "scoring": scoring, "allocation": allocation}))
-      series = UNCOMPRESSED
-      if compression is not None:
-        heads = compression.allocation
-        heads = heads if isinstance(heads, str) else type(heads).__name__
-        series = args.label or f"{scoring or 'window'}-{heads}"
-      policy = _Policy(policy_name(series, budget), series, compression)
-    if (other := policies.setdefault(policy.name, policy)) != policy:
-      raise InputError(f"two policies would be called {other.name}; leave --label out, or run them one by one")
-  return sorted(policies.values(), key=lambda policy: policy.compression is not None)
-
-
-def _budgets(args: argparse.Namespace) -> list[dict[str, Any]]:
-  """Each number that is given for a budget is one of its own."""
-  given = _given(args, _BUDGET_OPTIONS)
-  return [{name: value} for name, values in given.items()
-          for value in (values if isinstance(values, list) else [values])] or [{}]
-
-
-def _load_to_measure(args: argparse.Namespace, policies: Sequence[_Policy]) -> Any:
-  from kvc_jax.engine.engine import Engine
-
-  compressions = [policy.compression for policy in policies if policy.compression]
-  return Engine(
-      args.model, **_given(args, _MODEL_OPTIONS), compilation_cache_dir=args.compilation_cache, progress=not args.quiet,
-      rules=tuple(dict.fromkeys(compression.scoring for compression in compressions)),
-      allocations=tuple(dict.fromkeys(compression.allocation for compression in compressions)))
-
-
-def _warm_up_to_measure(args: argparse.Namespace, engine: Any) -> None:
-  """Compiles what will run, so that no compile is in the measured times."""
-  if args.warm_up != "none":
-    engine.warm_up(progress=_shows_progress(args))
-
-
-def _shows_progress(args: argparse.Namespace) -> bool:
-  return not args.quiet and sys.stderr.isatty()
-
-
-def _settings(engine: Any, policy: _Policy) -> dict[str, Any]:
-  """What an evaluation's results depend on, beside its questions and its compression."""
-  return {"series": policy.series, "model": engine.fingerprint, "max_model_len": engine.max_model_len,
-          "dtype": str(engine.config.query_dtype), "kv_cache_dtype": str(engine.config.dtype),
-          "block_size": engine.config.block_size}
-
-
-def _eval_report(args: argparse.Namespace) -> int:
-  from kvc_jax.evaluation import plots, summary
-
-  results = summary.read_results(args.out)
-  rows = summary.summarize(results)
-  print("\n".join(summary.table(rows)))
-  written = summary.write_tables(rows, args.out)
-  if plots.can_draw():
-    written += plots.save_all(rows, results, args.out)
-  else:
-    print("kvc: no plots, for matplotlib is missing; run: pip install 'kvc_jax[plot]', then: "
-          f"kvc eval report {args.out}", file=sys.stderr)
-  print("wrote", ", ".join(map(str, written)))
-  return 0
-
-
-def _eval_score(args: argparse.Namespace) -> int:
-  from kvc_jax.evaluation import longbench
-
-  found = longbench.score_folder(args.predictions, extended=args.longbench_e)
-  if args.json:
-    print(json.dumps({name: {**longbench.means(scores, buckets), "scores": scores}
-                      for name, (scores, buckets) in found.items()}))
-    return 0
-  print(f"{'set':<20} samples  score" + "".join(f"  {name:>6}" for name in longbench.BUCKETS if args.longbench_e))
-  for name, (scores, buckets) in found.items():
-    means = longbench.means(scores, buckets)
-    by_length = "".join(f"  {means.get(bucket, '-'):>6}" for bucket in longbench.BUCKETS if args.longbench_e)
-    print(f"{name:<20} {means['samples']:>7} {means['score']:>6.2f}{by_length}")
-  if len(found) > 1:
-    average = sum(longbench.means(*one)["score"] for one in found.values()) / len(found)
-    print(f"{'average':<20} {sum(len(scores) for scores, _ in found.values()):>7} {average:>6.2f}")
-  return 0
-
-
 def _serve(args: argparse.Namespace) -> int:
   if missing := [name for name in ("starlette", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]:
     raise InputError(f"the server needs {', '.join(missing)}; run: pip install 'kvc_jax[serve]'")
@@ -661,7 +305,7 @@ def _serve(args: argparse.Namespace) -> int:
   from kvc_jax.serving.app import AppSettings
   from kvc_jax.serving.server import Address, listen, make_server
 
-  compression = _compression(args)
+  compression = compression_of(args)
   settings = AppSettings(
       model=args.served_model_name or pathlib.Path(args.model).resolve().name, api_key=_api_key(args.api_key_file),
       compression=compression, max_body_bytes=args.max_body_bytes, request_timeout=args.request_timeout,
@@ -672,7 +316,7 @@ def _serve(args: argparse.Namespace) -> int:
     if settings.api_key is None and not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
       print(f"kvc: warning: anyone who reaches {args.host} can use this server; give --api-key-file", file=sys.stderr)
     engine = Engine(
-        args.model, **_given(args, _MODEL_OPTIONS), max_waiting=args.max_waiting,
+        args.model, **given_options(args, MODEL_OPTIONS), max_waiting=args.max_waiting,
         prefix_caching=args.prefix_caching, prefix_interval=args.prefix_interval,
         compilation_cache_dir=args.compilation_cache, progress=True, **_warmed(args.warm_up, compression))
     if args.warm_up != "none":
@@ -695,7 +339,7 @@ def _warmed(which: str, compression: Any) -> dict[str, Any]:
 
 
 def _api_key(file: str | None) -> str | None:
-  key = os.environ.get("KVC_API_KEY", "") if file is None else _read(file, "a file with the API key")
+  key = os.environ.get("KVC_API_KEY", "") if file is None else read_text(file, "a file with the API key")
   if file is not None and not key.strip():
     raise InputError(f"{file} is empty; put the API key into it")
   return key.strip() or None

@@ -59,6 +59,15 @@ def test_samples_with_log_probabilities(capsys):
   assert "--- prompt 0, sample 1 ---" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [["--help"], ["generate", "--help"], ["eval", "recall", "--help"]])
+def test_help_comes_without_jax(command):
+  code = ("import sys; sys.modules['jax'] = None; from kvc_jax.cli import main; "  # an import of it raises
+          "sys.exit(main(sys.argv[1:]))")
+  done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("usage: kvc")
+
+
 def test_kept_positions_stay(capsys):
   prompt = "Once upon a time there was a dog. " * 6
   command = ["generate", str(STORIES), "--prompt", prompt, "--json", "--block-size", "2"]
@@ -226,8 +235,8 @@ OPTIONS = {
     "buffer above 32 bits": (["--rate", "2", "--scoring", "full", "--buffer", "3000000000"], "buffer is 3000000000"),
     "too many queries": (["--rate", "2", "--queries", "20000000"], "queries is 20000000"),
     "tables above the memory": (["--max-num-seqs", "100000000"], "max_num_seqs"),
-    "compression without a budget": (["--interval", "4"], "without --rate or --max-cache-tokens"),
-    "scoring without a budget": (["--scoring", "full"], "without --rate or --max-cache-tokens"),
+    "compression without a budget": (["--interval", "4"], "without --rate, --max-cache-tokens or --mass"),
+    "scoring without a budget": (["--scoring", "full"], "without --rate, --max-cache-tokens or --mass"),
     "top-k of -2": (["--top-k", "-2"], "top_k is -2"),
     "min-p of 2": (["--min-p", "2"], "min_p is 2"),
     "negative seed": (["--seed", "-3"], "seed is -3"),

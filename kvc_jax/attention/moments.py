@@ -50,6 +50,7 @@ def add_queries(
   Joined as Chan, Golub and LeVeque (1979) do, so that no large sums are subtracted.
   """
   rows = apply_rope(q.astype(jnp.float32), -positions, moments.frequencies)
+  rows = jnp.where(counted[:, None, None], rows, 0.0)  # zero times a padding row's NaN would be NaN
   weight = counted.astype(jnp.float32)
   new = jnp.sum(weight)
   mean = jnp.einsum("t,tnd->nd", weight, rows, precision=lax.Precision.HIGHEST) / jnp.maximum(new, 1.0)

@@ -115,8 +115,9 @@ def prefill_attention(
       q, k, v, state.kv, state.tables, prefix, layer, slot, count, scale=scale)
   if rule is not None and rule.observed == "all":
     query_positions = jnp.where(valid, positions, -1 - rule.buffer)
+    counted = jnp.where(valid[:, None], log_sums, jnp.inf)  # padding rows have no probabilities
     sums = column_scores(
-        q, log_sums, query_positions, state.kv, state.positions, state.tables, state.lengths, layer, slot,
+        q, counted, query_positions, state.kv, state.positions, state.tables, state.lengths, layer, slot,
         scale=scale, power=rule.power, buffer=rule.buffer)
     state = _put_scores(state, layer, slot, jnp.sum(sums, axis=1), add=True)
   if rule is not None and rule.observed == "last":

@@ -18,12 +18,11 @@ def measure_profile(
 ) -> HeadProfile:
   """Compresses each prompt and counts what its heads keep of it.
 
-  Heads have to compete for blocks, or all keep the same: give allocation "all".
-
   Args:
     llm: the model.
     prompts: texts or token ids; some dozens are enough.
-    compression: how to choose; its window, sinks and ranges to keep are left out of the count.
+    compression: how to choose, with allocation "all": heads that do not compete keep what they are given, whatever
+      they need. Its window, sinks and ranges to keep are left out of the count.
     bins: equal parts of each prompt that are counted apart.
     progress: show a progress bar on stderr.
 
@@ -31,8 +30,9 @@ def measure_profile(
     The shares, over all prompts together.
 
   Raises:
-    InputError: no prompt, or one that is too short to be counted.
+    InputError: no prompt, or one that is too short to be counted, or another allocation.
   """
+  check_competes(compression)
   check_count("calibrate: bins", bins, at_least=1, at_most=_MOST_BINS)
   if not prompts:
     raise InputError("calibrate needs prompts; give some dozens of them")
@@ -51,6 +51,13 @@ def measure_profile(
       "prompts": str(len(ids)), "rate": str(compression.rate), "max_cache_tokens": str(compression.max_cache_tokens),
       "scoring": repr(compression.scoring), "model": llm.engine.fingerprint or ""}
   return HeadProfile(kept / np.maximum(seen, 1), about)
+
+
+def check_competes(compression: Compression) -> None:
+  """Raises InputError unless all heads compete for one budget, so that what they keep says what they need."""
+  if compression.allocation != "all":
+    raise InputError(f"calibrate: with allocation {compression.allocation!r} heads do not all compete, so what they "
+                     "keep says nothing of what they need; leave the allocation at 'all'")
 
 
 def _count(receipt: CompressionReceipt, compression: Compression, bins: int) -> tuple[np.ndarray, np.ndarray]:

@@ -247,7 +247,7 @@ def read_rows(folder: str | pathlib.Path, name: str, *, extended: bool = False) 
   if path is None:
     raise InputError(f"{folder} has no {_file_name(name, extended)}; give the folder of LongBench's data, as its "
                      "data.zip unpacks")
-  rows = read_json_lines(path, _FIELDS)
+  rows = read_json_lines(path, _FIELDS, name=name)
   if not rows:
     raise InputError(f"{path} is empty; copy it again from its source")
   return rows
@@ -283,7 +283,7 @@ def score_folder(folder: str | pathlib.Path, *, extended: bool = False) -> dict[
   for path in sorted(pathlib.Path(folder).glob("*.jsonl")):
     name = path.stem.removesuffix("_e")
     check_names([name], extended=extended)
-    rows = read_json_lines(path, ("pred", "answers", "all_classes", *(["length"] if extended else [])))
+    rows = read_json_lines(path, ("pred", "answers", "all_classes", *(["length"] if extended else [])), name=name)
     if not rows:
       raise InputError(f"{path} is empty; remove it, or predict its set first")
     if name in scores:
@@ -294,11 +294,11 @@ def score_folder(folder: str | pathlib.Path, *, extended: bool = False) -> dict[
   return scores
 
 
-def read_json_lines(path: pathlib.Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+def read_json_lines(path: pathlib.Path, fields: Sequence[str], *, name: str) -> list[dict[str, Any]]:
   """Objects of a .jsonl file, each with the fields; a file's `answers` are lists of texts, its `length` a number.
 
   Raises:
-    InputError: a line is something else.
+    InputError: a line is something else, or its answers cannot be scored as those of the set `name`.
   """
   rows = []
   try:
@@ -313,6 +313,7 @@ def read_json_lines(path: pathlib.Path, fields: Sequence[str]) -> list[dict[str,
     except ValueError:
       raise InputError(f"{path}, line {number}, is no JSON; copy the file again from its source") from None
     _check_row(f"{path}, line {number},", row, fields)
+    _check_answers(f"{path}, line {number},", row["answers"], name)
     rows.append(row)
   return rows
 
@@ -333,6 +334,15 @@ def _check_row(where: str, row: Any, fields: Sequence[str]) -> None:
     if not isinstance(value, shape) or (isinstance(value, list) and not all(isinstance(v, str) for v in value)):
       raise InputError(f"{where} has {json.dumps(value)[:40]} as {field!r}, not {words}; "
                        "give rows as LongBench has them")
+
+
+def _check_answers(where: str, answers: Sequence[str], name: str) -> None:
+  if METRICS[name] in (metrics.retrieval, metrics.retrieval_zh):
+    for answer in answers:
+      try:
+        METRICS[name]("", answer, ())
+      except InputError as e:
+        raise InputError(f"{where} cannot be scored: {e}") from None
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.request import CompressionReceipt, SamplingParams
 from kvc_jax.engine.sequence import Sequence as EngineSequence
 from kvc_jax.errors import InputError, check_count
-from kvc_jax.evaluation.records import Record, open_records
+from kvc_jax.evaluation.records import Record, check_records, open_records
 from kvc_jax.evaluation.runner import described, held
 from kvc_jax.eviction.compression import Compression
 from kvc_jax.sampling import logprobs_of
@@ -107,12 +107,7 @@ def run_perplexity(
     InputError: the windows do not fit the engine, or the file does not fit the windows.
   """
   context, targets = len(windows[0].context), len(windows[0].targets)
-  if context + targets > engine.max_model_len:
-    raise InputError(f"a window has {context} + {targets} tokens, but the context is {engine.max_model_len}; lower "
-                     "--context-tokens or --target-tokens")
-  digest = hashlib.sha256(np.array([w.context + w.targets for w in windows], np.int32).tobytes()).hexdigest()
-  every = {**settings, "compression": described(compression), "task": name, "windows": digest[:16],
-           "context_tokens": context, "target_tokens": targets}
+  every = _all_settings(engine, windows, compression, settings, name)
   with open_records(path, every) as file:
     done = {record.get("id") for record in file.records}
     todo = [at for at in range(len(windows)) if str(at) not in done]
@@ -133,6 +128,26 @@ def run_perplexity(
         engine.reset()  # a step that was broken off may have donated the cache and not given it back
         raise
     return sorted(file.records, key=lambda record: int(record["id"]))
+
+
+def check_perplexity(
+    engine: Engine, windows: Sequence[Window], path: pathlib.Path, compression: Compression | None,
+    settings: Mapping[str, Any], *, name: str = "perplexity",
+) -> None:
+  """Raises the InputError with which `run_perplexity` would refuse these arguments, before anything is compiled."""
+  check_records(path, _all_settings(engine, windows, compression, settings, name))
+
+
+def _all_settings(
+    engine: Engine, windows: Sequence[Window], compression: Compression | None, settings: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+  context, targets = len(windows[0].context), len(windows[0].targets)
+  if context + targets > engine.max_model_len:
+    raise InputError(f"a window has {context} + {targets} tokens, but the context is {engine.max_model_len}; lower "
+                     "--context-tokens or --target-tokens")
+  digest = hashlib.sha256(np.array([w.context + w.targets for w in windows], np.int32).tobytes()).hexdigest()
+  return {**settings, "compression": described(compression), "task": name, "windows": digest[:16],
+          "context_tokens": context, "target_tokens": targets}
 
 
 def _rows(engine: Engine, context: int, targets: int, compression: Compression | None) -> int:

@@ -25,7 +25,7 @@ class RecallTask:
 
   def __init__(
       self, name: str, sentences: Sequence[str], *, lengths: Sequence[int] = DEFAULT_LENGTHS, count: int = 50,
-      seed: int = 0,
+      seed: int = 0, builders: "Builders | None" = None,
   ):
     """Describes the task; samples are made when asked for.
 
@@ -35,6 +35,7 @@ class RecallTask:
       lengths: most tokens of prompt and answer together; the text is cut to come close to it.
       count: samples of each length.
       seed: other seeds give other samples.
+      builders: of the same sentences, where several tasks share them.
 
     Raises:
       InputError: there is no such task, or a number is out of range.
@@ -45,7 +46,8 @@ class RecallTask:
     check_count("count", count, at_least=1)
     check_count("seed", seed, at_least=0)
     self.name = f"recall-{name}"
-    self._task, self._sentences, self._lengths, self._count, self._seed = name, sentences, lengths, count, seed
+    self._task, self._lengths, self._count, self._seed = name, lengths, count, seed
+    self._builders = builders or Builders(sentences)
     digest = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
     self.settings: Mapping[str, Any] = {
         "text": digest[:16], "lengths": list(lengths), "count": count, "seed": seed}
@@ -54,7 +56,7 @@ class RecallTask:
     return self._count * len(self._lengths)
 
   def samples(self, tokenizer: Tokenizer) -> Iterator[Sample]:
-    builder = SampleBuilder(self._sentences, tokenizer)
+    builder = self._builders.of(tokenizer)
     for length in self._lengths:
       for number in range(self._count):
         yield builder.sample(self._task, length, number, seed=self._seed)
@@ -81,8 +83,9 @@ def recall_tasks(
   """
   check_task_names(names)
   sentences = split_sentences(read_text(SHIPPED_TEXT if text is None else text))
+  builders = Builders(sentences)
   return [
-      RecallTask(name, sentences, lengths=lengths, count=count, seed=seed)
+      RecallTask(name, sentences, lengths=lengths, count=count, seed=seed, builders=builders)
       for name in dict.fromkeys(names) or tuple(TASKS)]
 
 
@@ -91,6 +94,20 @@ def check_task_names(names: Sequence[str]) -> None:
   for name in names:
     if name not in TASKS:
       raise InputError(f"there is no recall task {name!r}; give {', '.join(TASKS)}")
+
+
+class Builders:
+  """A text's `SampleBuilder` for the tokenizer at hand, made once for all tasks and runs that ask for it."""
+
+  def __init__(self, sentences: Sequence[str]):
+    self._sentences = sentences
+    self._last: tuple[Tokenizer, SampleBuilder] | None = None
+
+  def of(self, tokenizer: Tokenizer) -> "SampleBuilder":
+    """The builder; another tokenizer's is forgotten."""
+    if self._last is None or self._last[0] is not tokenizer:
+      self._last = tokenizer, SampleBuilder(self._sentences, tokenizer)
+    return self._last[1]
 
 
 class SampleBuilder:

@@ -48,16 +48,44 @@ def open_records(path: pathlib.Path, settings: Mapping[str, Any]) -> Iterator[Re
       settings, or another run is writing to it.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
+  with _locked(path) as file:
+    records, whole = _parse(path, file.read())
+    file.truncate(whole)
+    if records:
+      _check_settings(path, settings)
+    else:
+      _write_settings(path, settings)
+    yield RecordFile(file, records)
+
+
+def check_records(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+  """Raises what `open_records` would for these arguments; makes and changes nothing."""
+  if path.exists():
+    with _locked(path) as file:
+      if _parse(path, file.read())[0]:
+        _check_settings(path, settings)
+
+
+def check_can_write(folder: pathlib.Path) -> None:
+  """Raises InputError unless files can be made in a folder, or the folder itself; makes nothing."""
+  whole = folder.absolute()
+  place = next(path for path in (whole, *whole.parents) if os.path.lexists(path))
+  if not place.is_dir():
+    raise InputError(f"{place} is no folder, so results cannot go to {folder}; give another --out")
+  if not os.access(place, os.W_OK | os.X_OK):
+    raise InputError(f"{place} cannot be written, so results cannot go to {folder}; give another --out")
+
+
+@contextmanager
+def _locked(path: pathlib.Path) -> Iterator[BinaryIO]:
+  """The file from its start, which no other run may have."""
   with path.open("a+b") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise InputError(f"{path} is being written by another run; let it end, or give another --out") from None
     file.seek(0)
-    records, whole = _parse(path, file.read())
-    file.truncate(whole)
-    _check_settings(path, settings, fresh=not records)
-    yield RecordFile(file, records)
+    yield file
 
 
 def read_records(path: pathlib.Path) -> list[Record]:
@@ -119,12 +147,13 @@ def _lines(data: bytes) -> list[bytes]:
   return lines if lines[-1] else lines[:-1]
 
 
-def _check_settings(path: pathlib.Path, settings: Mapping[str, Any], *, fresh: bool) -> None:
-  if fresh:
-    made = settings_path(path).with_suffix(".new")
-    made.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(made, settings_path(path))
-    return
+def _write_settings(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+  made = settings_path(path).with_suffix(".new")
+  made.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  os.replace(made, settings_path(path))
+
+
+def _check_settings(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
   before, now = read_settings(path), json.loads(json.dumps(settings))
   for name in [*now, *before]:
     if before.get(name) != now.get(name):

@@ -14,7 +14,7 @@ import tqdm
 from kvc_jax.engine.engine import Engine
 from kvc_jax.engine.request import CompressionReceipt, RequestOutput, SamplingParams
 from kvc_jax.errors import InputError
-from kvc_jax.evaluation.records import Record, open_records
+from kvc_jax.evaluation.records import Record, check_records, open_records
 from kvc_jax.evaluation.task import Sample, Task
 from kvc_jax.eviction.compression import Compression
 
@@ -32,8 +32,8 @@ def run_task(
 
   A record has the sample's `id`, `group`, `answers` (its references) and extras; `pred`, the text;
   `score`; prompt and output tokens; why the text ended; the receipt's numbers: blocks and bytes held at
-  the end and without compression, and `kvs_kept` [L][H]; and `seconds` from the record before to
-  this one while the engine ran: their sum is the time that the file took, breaks between runs left out.
+  the end and without compression, and `kvs_kept` [L][H]; and `seconds` that the engine worked since the
+  record before: their sum is the engine's time, without what samples, scores and files took.
 
   Args:
     engine: with nothing to do; made and warmed up by the caller, so that no compile is in the times.
@@ -51,8 +51,7 @@ def run_task(
     InputError: the file was made under other settings or is damaged, or a sample
       does not fit the engine; what was done before stays on disk.
   """
-  every = {**settings, "compression": described(compression), "task": task.name, **task.settings}
-  with open_records(path, every) as file:
+  with open_records(path, _all_settings(task, compression, settings)) as file:
     done = {record.get("id") for record in file.records}
     order: dict[str, int] = {}
     todo = _counted(task.samples(engine.tokenizer), order, done)
@@ -69,6 +68,15 @@ def run_task(
       raise InputError(f"{path} has a record of {unknown[0]!r}, which is no sample of {task.name}; remove the file, "
                        "or ask for as many samples as before")
     return sorted(file.records, key=lambda record: order[record["id"]])
+
+
+def check_task(task: Task, path: pathlib.Path, compression: Compression | None, settings: Mapping[str, Any]) -> None:
+  """Raises the InputError with which `run_task` would refuse to go on with a file, before anything is compiled."""
+  check_records(path, _all_settings(task, compression, settings))
+
+
+def _all_settings(task: Task, compression: Compression | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+  return {**settings, "compression": described(compression), "task": task.name, **task.settings}
 
 
 def described(value: Any) -> Any:
@@ -97,19 +105,25 @@ def _counted(samples: Iterator[Sample], order: dict[str, int], done: set[Any]) -
 def _answers(
     engine: Engine, samples: Iterator[Sample], compression: Compression | None
 ) -> Iterator[tuple[Sample, RequestOutput, float]]:
-  """Keeps the engine's slots full without reading all prompts at once."""
+  """Keeps the engine's slots full without reading all prompts at once; gives the engine's seconds with each answer."""
   asked: dict[int, Sample] = {}
-  last = time.perf_counter()
+  seconds = 0.0
   while True:
     while len(asked) < 2 * engine.config.num_slots and (sample := next(samples, None)) is not None:
+      began = time.perf_counter()
       asked[_ask(engine, sample, compression)] = sample
+      seconds += time.perf_counter() - began
     if not engine.has_work:
       return
-    for update in engine.step():
+    began = time.perf_counter()
+    updates = engine.step()
+    if any(update.output for update in updates):  # what the device does behind an answer is the engine's time too
+      jax.block_until_ready(engine.batch.state)
+    seconds += time.perf_counter() - began
+    for update in updates:
       if update.output:
-        now = time.perf_counter()
-        yield asked.pop(update.request_id), update.output, now - last
-        last = now
+        yield asked.pop(update.request_id), update.output, seconds
+        seconds = 0.0
 
 
 def _ask(engine: Engine, sample: Sample, compression: Compression | None) -> int:

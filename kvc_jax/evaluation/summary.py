@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kvc_jax.errors import InputError
 from kvc_jax.evaluation.records import Record, read_records, read_settings, settings_path
 
@@ -80,12 +82,18 @@ def read_results(folder: pathlib.Path) -> list[Results]:
   """All results of an output folder, POLICY/TASK.jsonl: uncompressed ones first, then by series, rate reached and task.
 
   Raises:
-    InputError: there are none, or a file is damaged.
+    InputError: there are none, or a file is damaged or has records of something else.
   """
   found = []
+  shapes: dict[str, tuple[int, ...]] = {}  # of each policy's layers and heads
   for path in sorted(folder.glob("*/*.jsonl")):
     if settings_path(path).exists() and (records := read_records(path)):
       settings = read_settings(path)
+      for number, record in enumerate(records, 1):
+        shape = _check_record(f"{path}, line {number},", record)
+        if shapes.setdefault(path.parent.name, shape) != shape:
+          raise InputError(f"{path}, line {number}, has kvs_kept of another model than the records before; give each "
+                           "model an --out of its own")
       found.append(Results(policy=path.parent.name, series=str(settings.get("series", path.parent.name)),
                            task=path.stem, records=records))
   if not found:
@@ -93,6 +101,32 @@ def read_results(folder: pathlib.Path) -> list[Results]:
   rates = {policy: _rate_reached([r for f in found if f.policy == policy for r in f.records])
            for policy in {f.policy for f in found}}
   return sorted(found, key=lambda f: (f.policy != UNCOMPRESSED, f.series, rates[f.policy], f.policy, f.task))
+
+
+_NUMBERS = (
+    "blocks_held", "blocks_uncompressed", "bytes_held", "bytes_uncompressed", "prompt_tokens", "output_tokens",
+    "seconds")
+
+
+def _check_record(where: str, record: Record) -> tuple[int, ...]:
+  """Shape [L, H] of its `kvs_kept`; raises InputError unless it has the fields that `run_task` writes."""
+
+  def wants(what: str, name: str) -> InputError:
+    return InputError(f"{where} has no {what} as {name!r}, so kvc eval did not write it; remove the file")
+
+  quality = ("score",) if "score" in record else ("nll", "predicted_tokens")
+  for name in (*_NUMBERS, *quality):
+    if not isinstance(record.get(name), (int, float)):
+      raise wants("number", name)
+  if not isinstance(record.get("group"), str):
+    raise wants("text", "group")
+  try:
+    kept = np.array(record.get("kvs_kept"), np.float64)
+  except (TypeError, ValueError):
+    kept = np.zeros(0)
+  if kept.ndim != 2 or not kept.size:
+    raise wants("numbers by layer and head", "kvs_kept")
+  return kept.shape
 
 
 def _rate_reached(records: Sequence[Record]) -> float:

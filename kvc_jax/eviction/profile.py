@@ -91,6 +91,9 @@ class HeadProfile:
         about: dict[str, Any] = dict(file.metadata() or {})
         if about.pop("format", None) != _FORMAT or list(file.keys()) != ["shares"]:
           raise InputError(f"{path} is no head profile; make one with kvc calibrate")
+        dtype = file.get_slice("shares").get_dtype()
+        if dtype != "F32":  # NumPy has no type for some that safetensors knows
+          raise InputError(f"{path} has shares of dtype {dtype}, not F32; make one with kvc calibrate")
         shares = file.get_tensor("shares")
     except FileNotFoundError:
       raise InputError(f"{path} is missing; make a head profile with kvc calibrate") from None

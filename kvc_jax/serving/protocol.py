@@ -253,7 +253,8 @@ FIELDS: dict[str, Field] = {
     "allocation": Field(_one_of(*ALLOCATIONS, PROFILE), "heads that share a budget: all (default), layer or head; "
                         "pyramid, or the server's own profile, give each head one"),
     "safeguard": Field(_real(0, 1), "share of the budget that every head keeps at least, with all or layer"),
-    "mass": Field(_real(0, 1), "keep the smallest cache with this share of the scores' sum"),
+    "mass": Field(_real(0, 1), "keep the smallest cache with this share of the scores' sum: "
+                  "of squared attention with window and full"),
     "interval": Field(_whole(1, LARGEST_COUNT), "decode steps between compressions; once by default"),
     "compress_once": Field(_flag, "the reference's field: false is an interval of one block's tokens"),
     "best_of": Field(_only(1), "only 1", ("completions",)),
@@ -365,7 +366,8 @@ def _compression(given: Mapping[str, Any], defaults: Defaults) -> Compression | 
       return None
     if options:
       name = next(iter(options))
-      raise ApiError(400, f"{name} compresses nothing without rate or max_cache_tokens; give one of them", param=name)
+      raise ApiError(
+          400, f"{name} compresses nothing without rate, max_cache_tokens or mass; give one of them", param=name)
     return defaults.compression
   _take_reference_names(options, defaults)
   if options.get("allocation") == PROFILE:

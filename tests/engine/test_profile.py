@@ -86,6 +86,9 @@ def test_what_cannot_be_calibrated_is_refused(llm):
     measure_profile(llm, [[1, 2, 3, 4]], BASE)
   with pytest.raises(InputError, match="calibrate needs prompts"):
     measure_profile(llm, [], BASE)
+  for allocation in ("layer", "head", "pyramid", HeadProfile(np.ones((5, 4, 1)))):
+    with pytest.raises(InputError, match="leave the allocation at 'all'"):
+      measure_profile(llm, PROMPTS, dataclasses.replace(BASE, allocation=allocation))
   wrong = HeadProfile(np.ones((2, 2, 1)))
   for compression in (Compression(rate=2, allocation=wrong),
                       Compression(rate=2, scoring=HeadBias(rule=FullAttention(), profile=wrong))):
@@ -116,6 +119,8 @@ def test_the_command_makes_a_profile_that_others_take(tmp_path, capsys):
                          (["--allocation", "profile", "--head-bias", "1"], "leaves no choice")):
     assert main([*generate, *extra]) == 2
     assert message in capsys.readouterr().err
+  assert main(["calibrate", "nowhere", "--rate", "2", "--allocation", "head", "--prompt", "a"]) == 2
+  assert "with allocation 'head' heads do not all compete" in capsys.readouterr().err
   assert main(["calibrate", MODEL, "--prompt", "a"]) == 2
   assert "give --rate" in capsys.readouterr().err
   assert main(["calibrate", MODEL, "--rate", "2", "--prompt", "a", "-o", str(tmp_path / "no" / "p")]) == 2

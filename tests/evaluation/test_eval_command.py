@@ -4,10 +4,12 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
-from kvc_jax import cli
+from kvc_jax import Compression, HeadProfile, InputError, RandomScore, cli, cli_eval
 from kvc_jax.cli import main
+from kvc_jax.engine.engine import Engine
 from kvc_jax.evaluation import plots
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -203,6 +205,8 @@ def test_without_matplotlib_there_are_tables(data, tmp_path, capsys, monkeypatch
     (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
     (["--rate", "0.5"], "rate is 0.5"),
     (["--scoring", "full"], "--scoring compresses nothing without --rate"),
+    (["--seed", "3"], "--seed is of --scoring random alone"),
+    (["--rate", "2", "--scoring", "full", "window", "--seed", "3"], "--seed is of --scoring random alone"),
     (["--rate", "2", "--label", "a/b"], "--label 'a/b' is no name"),
     (["--rate", "2", "--label", "uncompressed"], "--label 'uncompressed' is no name"),
     (["--rate", "2", "--label", "a", "--scoring", "full", "window"], "two policies would be called a-2x"),
@@ -212,6 +216,48 @@ def test_without_matplotlib_there_are_tables(data, tmp_path, capsys, monkeypatch
 ])
 def test_bad_input_is_one_line(data, tmp_path, capsys, options, message):
   assert message in fails(capsys, longbench(data, tmp_path / "out", *options))
+
+
+def perplexity(tmp_path):
+  (tmp_path / "text.txt").write_text("Once upon a time there was a dog. " * 20, encoding="utf-8")
+  return ["eval", "perplexity", str(STORIES), "--text", str(tmp_path / "text.txt"), "--context-tokens", "30",
+          "--target-tokens", "4", "--windows", "1", *TINY, "--out", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize("what", ["longbench", "recall", "perplexity"])
+def test_a_bad_out_is_found_before_the_model_is_loaded(data, tmp_path, capsys, monkeypatch, what):
+  monkeypatch.setattr("kvc_jax.engine.engine.Engine", None)
+  (tmp_path / "out").mkdir()
+  command = {"longbench": longbench(data, tmp_path / "out"), "recall": recall(tmp_path / "out"),
+             "perplexity": perplexity(tmp_path)}[what]
+  (tmp_path / "out" / "window-all-2x").touch()
+  assert "window-all-2x is no folder" in fails(capsys, [*command, "--rate", "2"])
+  (tmp_path / "file").touch()
+  below = str(tmp_path / "file" / "a")
+  assert "file is no folder, so results cannot go to" in fails(capsys, [*command, "--out", below])
+  monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+  assert "cannot be written" in fails(capsys, [*command, "--out", str(tmp_path / "new" / "a")])
+  assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("what", ["longbench", "perplexity"])
+def test_other_settings_of_any_policy_are_found_before_steps_are_compiled(data, tmp_path, capsys, monkeypatch, what):
+  command = {"longbench": [*longbench(data, tmp_path / "out"), "--set", "trec", "--limit", "1"],
+             "perplexity": perplexity(tmp_path)}[what]
+  assert main([*command, "--rate", "4", "--window", "4"]) == 0
+  monkeypatch.setattr(Engine, "warm_up", None)
+  capsys.readouterr()
+  again = [*command, "--rate", "1", "2", "4", "--window", "5", "--warm-up", "own"]
+  assert "window-all-4x" in (line := fails(capsys, again))
+  assert "was made with compression" in line
+  assert not (tmp_path / "out" / "window-all-2x").exists()
+
+
+def test_references_that_cannot_be_scored_are_found_at_once(data, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr("kvc_jax.engine.engine.Engine", None)
+  write_rows(data / "passage_retrieval_en.jsonl", [row(0, answers=["Paragraph 3"]), row(1, answers=["Page 3"])])
+  message = fails(capsys, longbench(data, tmp_path / "out", "--set", "passage_retrieval_en"))
+  assert "passage_retrieval_en.jsonl, line 2, cannot be scored: a reference is 'Page 3'" in message
 
 
 def test_bad_folders_are_one_line(data, tmp_path, capsys):
@@ -226,10 +272,31 @@ def test_each_combination_is_a_policy():
   args = cli._parser().parse_args([
       "eval", "longbench", "m", "--data", "d", "--rate", "1", "2", "8", "--max-cache-tokens", "64", "--scoring",
       "window", "full", "--allocation", "all", "head"])
-  policies = cli._policies(args)
+  policies = cli_eval.policies_of(args)
   assert policies[0].compression is None
   names = [policy.name for policy in policies]
   assert len(names) == len(set(names)) == 1 + 3 * 4
   assert "full-head-8x" in names
   compression = next(policy.compression for policy in policies if policy.name == "full-head-max_cache_tokens-64")
   assert (compression.rate, compression.max_cache_tokens, compression.allocation) == (None, 64, "head")
+
+
+def test_a_seed_is_random_scoring_s():
+  command = ["eval", "recall", "m", "--rate", "2", "--scoring", "window", "random", "--seed", "3"]
+  window, drawn = cli_eval.policies_of(cli._parser().parse_args(command))
+  assert window.compression == Compression(rate=2)
+  assert drawn.compression == Compression(rate=2, scoring=RandomScore(seed=3))
+
+
+def test_a_head_profile_is_compared_with_other_allocations(tmp_path):
+  path = str(tmp_path / "p.safetensors")
+  HeadProfile(np.full((5, 4, 2), 0.5)).save(path)
+  command = ["eval", "longbench", "m", "--data", "d", "--rate", "2", "--head-profile", path]
+  policies = cli_eval.policies_of(cli._parser().parse_args([*command, "--allocation", "all", "profile", "head"]))
+  assert [policy.name for policy in policies] == ["window-all-2x", "window-HeadProfile-2x", "window-head-2x"]
+  assert [policy.compression.allocation for policy in policies] == ["all", HeadProfile.load(path), "head"]
+  (alone,) = cli_eval.policies_of(cli._parser().parse_args(command))
+  assert alone == policies[1]
+  for allocations in (["all"], ["all", "head"]):  # a file that no policy would take
+    with pytest.raises(InputError, match="--head-profile goes with --allocation profile"):
+      cli_eval.policies_of(cli._parser().parse_args([*command, "--allocation", *allocations]))

@@ -145,6 +145,25 @@ def test_task_makes_all_samples_with_distinct_ids(sentences):
   assert task.settings["seed"] == 5
 
 
+def test_a_text_is_tokenized_once_for_all_tasks(tmp_path):
+  class Counting(Words):
+    whole = 0
+
+    def encode(self, text, add_special_tokens=True):
+      self.whole += text == " The very first sentence of it all."
+      return super().encode(text, add_special_tokens)
+
+  path = tmp_path / "text.txt"
+  path.write_text("The very first sentence of it all. " + "One day he went to the sea and back. " * 200)
+  tokenizer, again = Counting(), Counting()
+  tasks = recall_tasks(["single", "variables"], text=path, lengths=(512,), count=2)
+  first = [list(task.samples(tokenizer)) for task in tasks]
+  assert [list(task.samples(tokenizer)) for task in tasks] == first
+  assert tokenizer.whole == 1
+  assert [list(task.samples(again)) for task in tasks] == first
+  assert again.whole == 1
+
+
 @pytest.mark.parametrize(("task", "prediction", "reference", "right"), [
     ("single", " 4839.\nQuestion", "4839", 1.0),
     ("single", " 4 8 3 9", "4839", 1.0),

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
 
 from kvc_jax import LLM, Compression, Engine, FullAttention, InputError, SamplingParams
+from kvc_jax.evaluation import runner
 from kvc_jax.evaluation.records import open_records, settings_path
 from kvc_jax.evaluation.runner import described, run_task
 from kvc_jax.evaluation.task import Sample
@@ -77,6 +79,35 @@ def test_compressed_runs_hold_fewer_bytes(engine, tmp_path):
   for record in records:
     assert record["blocks_held"] < record["blocks_uncompressed"] * 0.6
     assert record["bytes_held"] * record["blocks_uncompressed"] == record["bytes_uncompressed"] * record["blocks_held"]
+
+
+def test_seconds_are_the_engine_s_alone(engine, tmp_path, monkeypatch):
+  """On a clock that goes on by 1 in a step and by 1000 in all that is no work of the engine's."""
+  now, steps = [0.0], []
+  monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+  def passes(seconds):
+    now[0] += seconds
+
+  class Slow(Starts):
+    def samples(self, tokenizer):
+      for sample in super().samples(tokenizer):
+        passes(1000)
+        yield sample
+
+    def score(self, prediction, sample):
+      passes(1000)
+      return super().score(prediction, sample)
+
+  step = engine.step
+
+  def counted_step():
+    steps.append(passes(1))
+    return step()
+
+  monkeypatch.setattr(engine, "step", counted_step)
+  records = run_task(engine, Slow(), tmp_path / "starts.jsonl", None, {})
+  assert sum(record["seconds"] for record in records) == len(steps) > len(STARTS)
 
 
 @pytest.mark.parametrize("ending", [b"", b'{"id": "s9", "pr', b'{"id": "s9"}', b"\xc3", b"\0\0\0\0"])

@@ -89,6 +89,30 @@ def test_plots(folder):
   assert [path.name for path in plots.save_all(summary.summarize(plain), plain, folder)] == ["quality.png"]
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"blocks_uncompressed": None}, "no number as 'blocks_uncompressed'"),
+    ({"seconds": "2"}, "no number as 'seconds'"),
+    ({"score": None}, "no number as 'score'"),
+    ({"group": None}, "no text as 'group'"),
+    ({"kvs_kept": None}, "by layer and head as 'kvs_kept'"),
+    ({"kvs_kept": [[1, 2], [3]]}, "by layer and head as 'kvs_kept'"),
+    ({"kvs_kept": [[1, 2]]}, "has kvs_kept of another model"),
+])
+def test_a_record_of_something_else_is_named(folder, change, message):
+  every = {**record(2, score=0.5), **change}.items()
+  wrong = {name: value for name, value in every if value is not None or name == "score"}
+  write(folder, "window-all-4x", "qasper", [wrong], "window-all")
+  with pytest.raises(InputError, match=rf"window-all-4x/qasper.jsonl, line 2, .*{message}"):
+    summary.read_results(folder)
+
+
+def test_a_record_without_its_quality_is_named(folder):
+  wrong = {name: value for name, value in record(2, score=0.5).items() if name != "score"}
+  write(folder, "window-all-4x", "qasper", [wrong], "window-all")
+  with pytest.raises(InputError, match=r"line 2, has no number as 'nll'"):
+    summary.read_results(folder)
+
+
 def test_an_empty_folder_is_named(tmp_path):
   with pytest.raises(InputError, match="has no results"):
     summary.read_results(tmp_path)

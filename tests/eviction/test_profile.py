@@ -49,7 +49,9 @@ def test_weights_are_relative_and_positive():
     (lambda path: _write(path, np.ones((2, 2), np.float32)), "give .layers, KV heads, bins."),
     (lambda path: _write(path, np.full((1, 1, 1), np.nan, np.float32)), "numbers from 0 to 1"),
     (lambda path: _write(path, np.zeros((1, 1, 1), np.float32)), "no head keeps anything"),
-    (lambda path: _write(path, np.full((1, 1, 1), 2, np.int32)), "numbers from 0 to 1"),
+    (lambda path: _write(path, np.full((1, 1, 1), 2, np.float32)), "numbers from 0 to 1"),
+    (lambda path: _write(path, np.ones((1, 1, 1), np.int32)), "shares of dtype I32, not F32"),
+    (lambda path: _write_fp8(path), "shares of dtype F8_E4M3, not F32"),
 ])
 def test_a_wrong_file_is_refused_in_one_line(tmp_path, write, message):
   path = tmp_path / "p.safetensors"
@@ -62,6 +64,13 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, write, message):
 
 def _write(path, shares):
   safetensors.numpy.save_file({"shares": shares}, path, metadata={"format": "kvc head profile 1"})
+
+
+def _write_fp8(path):
+  """By hand: safetensors' NumPy side cannot."""
+  shares = {"dtype": "F8_E4M3", "shape": [1, 1, 2], "data_offsets": [0, 2]}
+  header = json.dumps({"__metadata__": {"format": "kvc head profile 1"}, "shares": shares}).encode()
+  path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x38\x30")
 
 
 def test_a_cut_file_is_refused(tmp_path):

@@ -67,7 +67,8 @@ def _prefilled(qkv, rule, chunk=20):
   observation = init_observation(rule, LAYERS, HEADS * GROUP, DIM, jnp.float32, FREQUENCIES)
   for start in range(0, tokens, chunk):
     count = min(chunk, tokens - start)
-    piece = [np.pad(x[:, start : start + count], ((0, 0), (0, chunk - count), (0, 0), (0, 0))) for x in qkv]
+    padding = ((0, 0), (0, chunk - count), (0, 0), (0, 0))
+    piece = [np.pad(x[:, start : start + count], padding, constant_values=np.nan) for x in qkv]
     state, observation = _chunk(state, observation, piece, jnp.int32(count), rule)
     state = poison(state)
   state = score_observed(state, observation, jnp.int32(SLOT), scale=SCALE, rule=rule)

@@ -62,6 +62,11 @@ def test_every_name_has_its_rule():
     assert _compression({"rate": 2, "scoring": name}, None) == Compression(rate=2, scoring=rule())
 
 
+def test_what_compresses_nothing_is_told_every_budget():
+  with pytest.raises(ApiError, match="nothing without rate, max_cache_tokens or mass"):
+    _compression({"window": 4}, None)
+
+
 def test_a_rule_that_only_scores_prompts_is_refused_with_an_interval():
   with pytest.raises(ApiError, match="scores prompts alone"):
     _compression({"rate": 2, "scoring": "expected", "interval": 4}, None)
