@@ -320,7 +320,8 @@ def _serve(args: argparse.Namespace) -> int:
         prefix_caching=args.prefix_caching, prefix_interval=args.prefix_interval,
         compilation_cache_dir=args.compilation_cache, progress=True, **_warmed(args.warm_up, compression))
     if args.warm_up != "none":
-      engine.warm_up(progress=sys.stderr.isatty())
+      own = [compression] if compression is not None and compression.mass is not None else []
+      engine.warm_up(progress=sys.stderr.isatty(), kinds=[*engine.default_kinds(), *own])
     server = make_server(engine, settings, lambda url: print(f"serving {settings.model} at {url}", flush=True))
     for ends in (signal.SIGINT, signal.SIGTERM):  # uvicorn acts on them, and raises them once more when it has ended
       signal.signal(ends, lambda *_: None)

@@ -130,7 +130,7 @@ def _run_tasks(args: argparse.Namespace, engine: Any, policies: Sequence["Policy
           for policy in policies for task in tasks]
   for run in runs:
     check_task(*run)
-  _warm_up_to_measure(args, engine)
+  _warm_up_to_measure(args, engine, policies)
   for run in runs:
     run_task(engine, *run, progress=_shows_progress(args))
   return _eval_report(args)
@@ -151,7 +151,7 @@ def _eval_perplexity(args: argparse.Namespace) -> int:
           for policy in policies]
   for run in runs:
     check_perplexity(engine, windows, *run)
-  _warm_up_to_measure(args, engine)
+  _warm_up_to_measure(args, engine, policies)
   for run in runs:
     run_perplexity(engine, windows, *run, progress=_shows_progress(args))
   return _eval_report(args)
@@ -218,10 +218,10 @@ def _load_to_measure(args: argparse.Namespace, policies: Sequence[Policy]) -> An
       allocations=tuple(dict.fromkeys(compression.allocation for compression in compressions)))
 
 
-def _warm_up_to_measure(args: argparse.Namespace, engine: Any) -> None:
+def _warm_up_to_measure(args: argparse.Namespace, engine: Any, policies: Sequence[Policy]) -> None:
   """Compiles what will run, so that no compile is in the measured times."""
   if args.warm_up != "none":
-    engine.warm_up(progress=_shows_progress(args))
+    engine.warm_up(progress=_shows_progress(args), kinds=[policy.compression for policy in policies])
 
 
 def _shows_progress(args: argparse.Namespace) -> bool:
