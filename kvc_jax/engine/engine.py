@@ -280,8 +280,9 @@ class Engine:
       return
     if (kind := _kind(compression)) not in self._compiled:
       self._compiled.add(kind)
-      _log.warning("steps for %r with allocation %r %scompile while serving; give them to warm_up",
-                   compression.scoring, compression.allocation, "and mass " if compression.mass is not None else "")
+      what, remedy = ("", "them to Engine") if compression.mass is None else ("and mass ", "such a request to warm_up")
+      _log.warning("steps for %r with allocation %r %scompile while serving; give %s",
+                   compression.scoring, compression.allocation, what, remedy)
 
   def _sequence(
       self, request_id: int, ids: list[int], params: SamplingParams, compression: Compression | None, *, sample: int,
