@@ -283,6 +283,8 @@ _CHAT_LOGPROBS = Field(_flag, "", ("chat",))
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos",
              "skip_special_tokens")
 _BUDGETS = ("rate", "max_cache_tokens", "mass")
+_ONCE: dict[str, Any] = {"interval": None, "prefill_interval": None, "on_demand": False}
+"""A share of the scores is taken once, whatever the server does by default."""
 _COMPRESSION = ("window", "protected_window_size", "sinks", "keep", "scoring", "allocation", "safeguard", "interval",
                 "compress_once")
 
@@ -377,7 +379,8 @@ def _compression(given: Mapping[str, Any], defaults: Defaults) -> Compression | 
   try:
     if defaults.compression is None:
       return Compression(**options)
-    return dataclasses.replace(defaults.compression, **{**dict.fromkeys(_BUDGETS), **options})
+    left_out = dict.fromkeys(_BUDGETS) | (_ONCE if options.get("mass") is not None else {})
+    return dataclasses.replace(defaults.compression, **{**left_out, **options})
   except InputError as e:
     raise ApiError(400, str(e).removeprefix("Compression: ")) from None
 

@@ -40,7 +40,7 @@ def test_without_a_compression_of_the_server(fields, compression):
     ({"rate": 2, "window": 4, "keep": []}, {"rate": 2, "window": 4, "keep": ()}),
     ({"rate": 2, "scoring": "full"}, {"rate": 2}),  # with the server's numbers, which are compiled
     ({"rate": 2, "scoring": "window"}, {"rate": 2, "scoring": WindowAttention()}),
-    ({"mass": 0.9}, {"rate": None, "mass": 0.9}),
+    ({"mass": 0.9}, {"rate": None, "mass": 0.9, "interval": None, "on_demand": False}),
     ({"rate": 2, "scoring": "h2o"}, {"rate": 2, "scoring": H2O()}),
     ({"rate": 2, "compress_once": True}, {"rate": 2, "interval": None}),
     ({"rate": 2, "compress_once": False}, {"rate": 2, "interval": 4}),
@@ -48,6 +48,11 @@ def test_without_a_compression_of_the_server(fields, compression):
 def test_what_is_left_out_is_the_servers_own(fields, changed):
   own = {name: getattr(OWN, name) for name in OWN.__dataclass_fields__}
   assert _compression(fields, OWN) == Compression(**{**own, **changed})
+
+
+def test_a_share_of_the_scores_is_taken_once():
+  with pytest.raises(ApiError, match="mass is a share of the scores held"):
+    _compression({"mass": 0.9, "interval": 4}, OWN)
 
 
 def test_minus_one_asks_for_none():
