@@ -51,4 +51,4 @@ def _merge_kernel(*refs, plan, names):
   def _():
     cols, real_cols = triton.columns_of(plan)
     triton.store_output(plan, ref["out"], pair, jnp.arange(plan.padded_group, dtype=jnp.int32), cols, real_cols,
-                         jnp.zeros((plan.padded_group, plan.padded_dim), jnp.float32))
+                        jnp.zeros((plan.padded_group, plan.padded_dim), jnp.float32))

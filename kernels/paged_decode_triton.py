@@ -318,7 +318,7 @@ def _clear_empty_pairs(plan, ref, layer, cta):
     @pl.when(ref["lengths"][layer * plan.pairs + pair] == 0)
     def _():
       store_output(plan, ref["out"], pair, head, cols, real_cols,
-                    jnp.zeros((plan.padded_group, plan.padded_dim), jnp.float32))
+                   jnp.zeros((plan.padded_group, plan.padded_dim), jnp.float32))
 
     return carry
 

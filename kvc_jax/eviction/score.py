@@ -7,7 +7,7 @@ needs keys, values or the last decode query looks at them layer by layer (`look`
 """
 
 import dataclasses
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +128,17 @@ class ScoringRule(Protocol):
   def value(self, kvs: HeldKVs) -> jax.Array:
     """Worth of each KV, f32 [B, L, H, K]; the lowest go first. Entries not held are ignored."""
     ...
+
+
+class ObservesNothing:
+  """The attributes of a `ScoringRule` that goes by no attention: to be inherited from."""
+
+  observed: ClassVar[Observed] = "none"
+  queries: ClassVar[int] = 0
+  power: ClassVar[int] = 1
+  buffer: ClassVar[int] = 0
+  pooling: ClassVar[int] = 1
+  decode_every: ClassVar[int] = 1
 
 
 @runtime_checkable

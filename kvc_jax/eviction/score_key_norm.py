@@ -1,28 +1,20 @@
 """Key norm: keys of low L2 norm draw much attention."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from kvc_jax.eviction.score import HeldKVs, LayerKVs, Observed
+from kvc_jax.eviction.score import HeldKVs, LayerKVs, ObservesNothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeyNorm:
+class KeyNorm(ObservesNothing):
   """Minus the L2 norm of the key: KVs with the longest keys go first. Needs no queries.
 
   Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression" (arXiv 2406.11430),
   which leaves the first two layers alone.
   """
-
-  observed: ClassVar[Observed] = "none"
-  queries: ClassVar[int] = 0
-  power: ClassVar[int] = 1
-  buffer: ClassVar[int] = 0
-  pooling: ClassVar[int] = 1
-  decode_every: ClassVar[int] = 1
 
   def look(self, kvs: LayerKVs) -> jax.Array:
     return -jnp.sqrt(jnp.sum(kvs.keys * kvs.keys, axis=-1))

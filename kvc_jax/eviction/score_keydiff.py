@@ -1,31 +1,23 @@
 """KeyDiff: keys unlike the others."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from kvc_jax.eviction.score import HeldKVs, LayerKVs, Observed
+from kvc_jax.eviction.score import HeldKVs, LayerKVs, ObservesNothing
 
 _SMALLEST_NORM = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeyDiff:
+class KeyDiff(ObservesNothing):
   """Minus the cosine between a key and the head's mean direction: KVs with the most usual keys go first.
 
   The mean is that of the keys held, each scaled to length 1. Needs no queries.
 
   Source: KeyDiff (arXiv 2504.15364), section 3.
   """
-
-  observed: ClassVar[Observed] = "none"
-  queries: ClassVar[int] = 0
-  power: ClassVar[int] = 1
-  buffer: ClassVar[int] = 0
-  pooling: ClassVar[int] = 1
-  decode_every: ClassVar[int] = 1
 
   def look(self, kvs: LayerKVs) -> jax.Array:
     directions = kvs.keys / _norm(kvs.keys)

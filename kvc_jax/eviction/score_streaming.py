@@ -1,19 +1,18 @@
 """StreamingLLM: attention sinks and the newest tokens."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from kvc_jax.errors import check_count
-from kvc_jax.eviction.score import HeldKVs, Observed
+from kvc_jax.eviction.score import HeldKVs, ObservesNothing
 
 _ABOVE_ALL = 2.0**31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamingLLM:
+class StreamingLLM(ObservesNothing):
   """The first `sinks` positions, then the newest: worth is the position.
 
   Source: StreamingLLM (arXiv 2309.17453), section 3.2. Kept keys keep the positions that they were written with; the
@@ -23,12 +22,6 @@ class StreamingLLM:
     sinks: first tokens that go last of all.
   """
 
-  observed: ClassVar[Observed] = "none"
-  queries: ClassVar[int] = 0
-  power: ClassVar[int] = 1
-  buffer: ClassVar[int] = 0
-  pooling: ClassVar[int] = 1
-  decode_every: ClassVar[int] = 1
   sinks: int = 4
 
   def __post_init__(self):
