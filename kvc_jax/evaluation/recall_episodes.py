@@ -37,10 +37,18 @@ class Episode:
 
 
 class Draw:
-  """Random choices for one sample: none comes twice, and the wording stays the same."""
+  """Random choices for one sample: none comes twice, and the wording stays the same.
 
-  def __init__(self, rng: random.Random, haystack: SentenceLengths):
-    self.rng, self._haystack = rng, haystack
+  Args:
+    rng: of the sample.
+    haystack: lengths of its sentences.
+    digits: of a value.
+    alike: share of the values that begin as an earlier one does, so that digits do not tell what follows them.
+  """
+
+  def __init__(self, rng: random.Random, haystack: SentenceLengths, *, digits: int = 4, alike: float = 0.0):
+    self.rng, self._haystack, self._length, self._alike = rng, haystack, digits, alike
+    self._values: list[str] = []
     self._used: set[object] = set()
     self.connector: Parts = rng.choices(((), (" is",), (" =",)), (65, 20, 15))[0]
     self.subject = rng.choice(words.SUBJECTS)
@@ -65,9 +73,17 @@ class Draw:
     return self._new(lambda: " " + self.rng.choice(words.NAMES))  # type: ignore[return-value]
 
   def value(self) -> Parts:
-    """Four digits; the first brings the space."""
-    digits: str = self._new(lambda: f"{self.rng.randrange(10_000):04d}")  # type: ignore[assignment]
+    """Digits; the first brings the space."""
+    digits: str = self._new(self._digits)  # type: ignore[assignment]
+    self._values.append(digits)
     return (" " + digits[0], *digits[1:])
+
+  def _digits(self) -> str:
+    digits = f"{self.rng.randrange(10**self._length):0{self._length}d}"
+    if self._alike and self._values and self.rng.random() < self._alike:
+      shared = self._length - self.rng.choice((1, 1, 2, 3))
+      return self.rng.choice(self._values)[:shared] + digits[shared:]
+    return digits
 
   def passage(self) -> int:
     """A sentence of the haystack."""
@@ -86,7 +102,10 @@ def needles(draw: Draw, count: int) -> Episode:
 
 
 def value_lists(draw: Draw, count: int, values: int = len(words.ORDINALS)) -> Episode:
-  """`count` keys with several numbered values each, in statements of their own; all of a key's are asked for."""
+  """`count` keys with several numbered values each, in statements of their own; all of a key's are asked for.
+
+  The question says how many: without that, whether another follows is a search of its own at each value's end.
+  """
   statements, questions = [], []
   for _ in range(count):
     key, answer, lookups = draw.key(), (), set()  # type: tuple[Parts, Parts, set[int]]
@@ -100,7 +119,7 @@ def value_lists(draw: Draw, count: int, values: int = len(words.ORDINALS)) -> Ep
       lookups.add(len(answer))
       answer += value
     questions.append(Question(
-        ask=("\nList: all of", *key), answer=answer, lookups=frozenset(lookups)))
+        ask=("\nList: all", f" {words.ORDINALS[values - 1]}", " of", *key), answer=answer, lookups=frozenset(lookups)))
   return Episode(statements=tuple(statements), questions=tuple(questions))
 
 

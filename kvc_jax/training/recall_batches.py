@@ -42,6 +42,7 @@ class Composer:
     self._corpus, self._tokenizer = corpus, tokenizer
     self._offsets = corpus.lengths.offsets
     self._ids: dict[str, list[int]] = {}
+    self._altered: dict[int, list[int]] | None = None
 
   def training_sample(self, rng: random.Random, length: int, copy_share: float) -> tuple[np.ndarray, np.ndarray]:
     """Tokens u16 [length] and codes u8 [length]; a code is that of the token to be predicted *from* this place.
@@ -53,7 +54,8 @@ class Composer:
     """
     if length <= _SHORT and rng.random() < copy_share:
       return self._copy_sample(rng, length)
-    draw = Draw(rng, self._corpus.lengths)
+    self._altered = {} if rng.random() < _ALTERED else None
+    draw = Draw(rng, self._corpus.lengths, digits=rng.choice(_DIGITS), alike=_ALIKE if rng.random() < _ALIKE else 0.0)
     tail = length - 64
     busy = int(length * (rng.uniform(0.35, 0.75) if length <= _SHORT else math.exp(rng.uniform(-2.5, -0.5))))
     kinds = [rng.choice(_KINDS)] if rng.random() < 0.5 else list(_KINDS)
@@ -64,7 +66,9 @@ class Composer:
     while (open_kinds := [kind for kind in kinds if left[kind]]) and tries < _MOST_TRIES:
       tries += 1
       kind = rng.choice(open_kinds)
-      told, asked = self._encoded(_some_episode(rng, draw, kind, (busy - used) if used else tail))
+      episode = _some_episode(rng, draw, kind, (busy - used) if used else tail)
+      self._alter(rng, episode)
+      told, asked = self._encoded(episode)
       size = sum(map(len, told)) + sum(len(tokens) for tokens, _ in asked)
       if used + size > (busy if used else tail):
         if used:
@@ -75,6 +79,7 @@ class Composer:
       if used >= busy * 0.9:
         break
     rng.shuffle(questions)
+    self._altered = None
     return self._assembled(rng, length, statements, questions, end=True)
 
   def evaluation_sample(self, rng: random.Random, task: str, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +89,19 @@ class Composer:
     told, asked = self._encoded(chosen)
     tokens, codes = self._assembled(rng, length, told, asked, end=False)
     return tokens, np.where(codes >= ANSWER, codes, NOTHING).astype(np.uint8)
+
+  def _alter(self, rng: random.Random, episode: Episode) -> None:
+    """Replaces some tokens of the sentences to be repeated, if this sample does.
+
+    The model soon knows the text that it is trained on; a sentence as it stands could then be told without a look.
+    """
+    if self._altered is None:
+      return
+    for part in (part for parts in episode.statements for part in parts if isinstance(part, int)):
+      ids = self._corpus.tokens[self._offsets[part]:self._offsets[part + 1]].tolist()
+      self._altered[part] = [
+          rng.randrange(EOS + 1, self._tokenizer.get_vocab_size()) if place and rng.random() < _ALTERED_TOKENS else i
+          for place, i in enumerate(ids)]
 
   def _copy_sample(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
     period = rng.randint(16, length // 2)
@@ -142,6 +160,8 @@ class Composer:
 
   def _part(self, part: str | int) -> list[int]:
     if isinstance(part, int):
+      if self._altered is not None and part in self._altered:
+        return self._altered[part]
       return self._corpus.tokens[self._offsets[part]:self._offsets[part + 1]].tolist()
     ids = self._ids.get(part)
     if ids is None:
@@ -149,10 +169,16 @@ class Composer:
     return ids
 
 
-_KINDS = ("needles", "values", "variables", "passages", "labels")
+_KINDS = ("needles", "values", "variables", "passages", "passages", "labels")
 _MOST_EPISODES = {"needles": 40, "values": 20, "variables": 4, "passages": 20, "labels": 1}
 """Of each kind in one sample: two mappings of labels would contradict each other, and variables' names are few."""
 _MOST_TRIES = 64
+_DIGITS = (3, 4, 4, 4, 5, 6)
+"""Of a sample's values. If all had four, a head of its own might come to look the last one up."""
+_ALIKE = 0.6
+"""Share of the samples in which values begin alike, and of such values in them."""
+_ALTERED, _ALTERED_TOKENS = 0.5, 0.2
+"""Share of the samples that alter their passages, and of a passage's tokens that are replaced."""
 
 
 def _some_episode(rng: random.Random, draw: Draw, kind: str, room: int) -> Episode:

@@ -77,7 +77,7 @@ def test_single_and_multi_key_ask_for_the_key_whose_value_is_right(builder):
 
 def test_multi_value_answers_are_in_the_order_of_their_numbers(builder):
   sample = builder.sample("multi_value", 1024, 0, seed=0)
-  key = re.search(r"\nList: all of (.+)$", sample.prompt)[1]
+  key = re.search(r"\nList: all four of (.+)$", sample.prompt)[1]
   told = dict(re.findall(rf"{key} (one|two|three|four)(?: is| =)? (\d{{4}})\.", sample.prompt))
   assert sample.references[0].split() == [told[ordinal] for ordinal in recall_words.ORDINALS]
 

@@ -19,7 +19,7 @@ from kvc_jax.checkpoint.store import load_model
 from kvc_jax.config import LlamaConfig, RopeConfig
 from kvc_jax.errors import InputError
 from kvc_jax.evaluation.haystack import SHIPPED_TEXT, read_text, split_sentences
-from kvc_jax.evaluation.recall_episodes import TASKS
+from kvc_jax.evaluation.recall_episodes import TASKS, Draw
 from kvc_jax.model.llama import Llama
 from kvc_jax.tokenizer import Tokenizer
 from kvc_jax.training import recall_batches as batches
@@ -91,6 +91,40 @@ def test_training_samples_have_the_length_and_mark_their_answers(composer, lengt
     marked += int((codes == batches.LOOKUP).sum())
     assert (codes == batches.LOOKUP).any()
   assert marked > 60
+
+
+def test_values_that_begin_alike_differ_and_have_the_digits_asked_for(composer):
+  lengths = composer._corpus.lengths
+  for digits in (3, 4, 6):
+    plain, alike = (Draw(random.Random(1), lengths, digits=digits, alike=share) for share in (0.0, 0.9))
+    starts = []
+    for draw in (plain, alike):
+      values = ["".join(draw.value()).strip() for _ in range(100)]
+      assert len(set(values)) == 100
+      assert {len(value) for value in values} == {digits}
+      starts.append(len({value[:-1] for value in values}))
+    assert starts[1] < 0.8 * starts[0]
+
+
+def test_altered_passages_are_asked_for_as_they_are_told(composer, monkeypatch):
+  monkeypatch.setattr(batches, "_KINDS", ("passages",))
+  monkeypatch.setattr(batches, "_ALTERED", 1.0)
+  known = composer._corpus.tokens.tobytes()
+  altered = 0
+  for number in range(10):
+    tokens, codes = composer.training_sample(random.Random(number), 512, 0.0)
+    for start, stop in _answers(codes):
+      told = tokens[start:stop].tobytes()
+      assert tokens[:start].tobytes().count(told) == 1
+      altered += known.count(told) == 0
+  assert altered > 5
+
+
+def _answers(codes):
+  """[first, last) places of the answers' tokens; codes stand at the place before."""
+  places = np.flatnonzero(codes >= batches.ANSWER)
+  for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
+    yield run[0] + 1, run[-1] + 2
 
 
 def test_evaluation_samples_count_the_answer_alone(prepared, composer):
