@@ -25,7 +25,7 @@ from kvc_jax.cli_options import (
     given_options,
     read_text,
 )
-from kvc_jax.errors import InputError
+from kvc_jax.errors import InputError, check_count
 from kvc_jax.eviction.names import ALLOCATIONS, SCORINGS
 
 
@@ -70,7 +70,11 @@ def _parser() -> argparse.ArgumentParser:
   _add_calibrate(commands)
   add_eval(commands)
   _add_serve(commands)
-  demo = commands.add_parser("demo", help="tell the shipped model's story at 1x, 2x, 4x and 8x")
+  demo = commands.add_parser("demo", help="find a fact in a long text at 1x, 4x, 16x and 64x, with the shipped model")
+  demo.add_argument("--length", type=int, default=4096, help="of text and question, in tokens (default: 4096)")
+  demo.add_argument("--number", type=int, default=0, help="another text and question for each number (default: 0)")
+  demo.add_argument("--story", action="store_true", help="tell the smallest model's story at 1x, 2x, 4x and 8x instead")
+  demo.add_argument("--quiet", action="store_true", help="no progress bars")
   demo.add_argument("--heatmap", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
   demo.set_defaults(run=_demo)
   return parser
@@ -347,9 +351,13 @@ def _api_key(file: str | None) -> str | None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-  from kvc_jax.demo import run_demo
+  from kvc_jax.demo import find_fact, tell_story
 
-  return 0 if run_demo(args.heatmap, print) else 1
+  if args.story:
+    return 0 if tell_story(args.heatmap, print) else 1
+  check_count("length", args.length, at_least=1)
+  return 0 if find_fact(
+      args.heatmap, print, length=args.length, number=args.number, progress=not args.quiet) else 1
 
 
 if __name__ == "__main__":

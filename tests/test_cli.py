@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -103,9 +104,19 @@ def test_convert_then_generate(capsys, tmp_path):
   assert texts[0] == texts[1]
 
 
+def test_demo_finds_the_fact_at_every_rate(capsys, tmp_path):
+  picture = tmp_path / "heatmap.png"
+  assert main(["demo", "--length", "1024", "--quiet", "--heatmap", str(picture)]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  value = re.search(r" (\d{4})\.$", lines[1])[1]
+  answers = [line.split()[-2:] for line in lines if re.match(r" +\d+x ", line)]
+  assert answers == [[value, "right"]] * 4
+  assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_demo_tells_the_reference_story(capsys, tmp_path):
   picture = tmp_path / "heatmap.png"
-  assert main(["demo", "--heatmap", str(picture)]) == 0
+  assert main(["demo", "--story", "--heatmap", str(picture)]) == 0
   out = capsys.readouterr().out
   assert EXPECTED in out
   assert "equals the reference text: yes" in out
@@ -283,6 +294,8 @@ def test_bad_option(kind, capsys):
     (["inspect", str(STORIES), "-p", "a", "-p", "b"], "one prompt"),
     (["inspect", str(STORIES), "-p", "a", "--max-tokens", "1", "-o", "no-such-folder/a.png"], "no-such-folder/a.png"),
     (["demo", "--heatmap", "no-such-folder/a.png"], "no-such-folder/a.png"),
+    (["demo", "--length", "0"], "length is 0"),
+    (["demo", "--length", "8193"], "at most"),
 ])
 def test_bad_command(command, message, capsys):
   _fails(command, message, capsys)

@@ -36,6 +36,7 @@ def test_wheel_holds_kernels_model_and_nothing_else(wheel):
     assert module.relative_to(ROOT).as_posix() in names
   assert "kvc_jax/assets/stories260K/model.safetensors" in names
   assert "kvc_jax/assets/stories260K/LICENSE" in names
+  assert "kvc_jax/assets/recall-7m/model.safetensors" in names
   assert "kvc_jax/assets/longbench/dataset2prompt.json" in names
   assert "kvc_jax/assets/longbench/LICENSE" in names
   assert "kvc_jax/py.typed" in names
