@@ -9,7 +9,7 @@ from typing import Any
 
 from kvc_jax.errors import InputError, check_count
 from kvc_jax.evaluation.haystack import SHIPPED_TEXT, SentenceLengths, is_plain, read_text, split_sentences
-from kvc_jax.evaluation.recall_episodes import TASKS, Draw, Parts, lay_out
+from kvc_jax.evaluation.recall_episodes import TASKS, WORDING, Draw, Parts, lay_out
 from kvc_jax.evaluation.task import Sample
 from kvc_jax.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ class RecallTask:
     self._builders = builders or Builders(sentences)
     digest = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
     self.settings: Mapping[str, Any] = {
-        "text": digest[:16], "lengths": list(lengths), "count": count, "seed": seed}
+        "text": digest[:16], "lengths": list(lengths), "count": count, "seed": seed, "wording": WORDING}
 
   def __len__(self) -> int:
     return self._count * len(self._lengths)

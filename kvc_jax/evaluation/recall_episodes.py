@@ -18,6 +18,9 @@ from kvc_jax.evaluation.haystack import SentenceLengths, Window
 
 Parts = tuple[str | int, ...]
 
+WORDING = 2
+"""Goes up when questions of the same seed change; results of another are not gone on with."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
