@@ -1,4 +1,4 @@
-"""The main job on the shipped models: a fact found in a long text, and a story, at several rates, with what was held."""
+"""The main job on the shipped models: a fact found in a long text, or a story, at several rates, with what was held."""
 
 import pathlib
 import re
