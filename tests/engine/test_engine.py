@@ -26,7 +26,7 @@ from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.engine import _worthwhile_steps
 from kvc_jax.engine.sequence import Sequence
 
-pytestmark = pytest.mark.optimized
+
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
 LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 5
