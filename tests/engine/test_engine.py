@@ -13,20 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvc_jax import (
-    Compression,
-    Engine,
-    FullAttention,
-    InputError,
-    RandomScore,
-    SamplingParams,
-    WindowAttention,
+  Compression,
+  Engine,
+  FullAttention,
+  InputError,
+  RandomScore,
+  SamplingParams,
+  WindowAttention,
 )
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.engine import _worthwhile_steps
 from kvc_jax.engine.sequence import Sequence
-
-
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
 LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 5

@@ -1,7 +1,7 @@
 """The engine on a GPU against the CPU: run with `pytest -m gpu` on a GPU machine.
 
-The shipped model's heads (8 numbers) are too small for the kernels, so it takes XLA on both
-sides. Models with random weights take the kernels on the GPU.
+The heads of stories260K (8 numbers) are too small for the kernels, so it takes XLA on both sides. recall-7m
+and models with random weights take the kernels on the GPU.
 """
 
 import contextlib
@@ -18,9 +18,12 @@ from kvc_jax import LLM, Compression, FullAttention, RandomScore, SamplingParams
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.sequence import Sequence
+from kvc_jax.evaluation.haystack import SHIPPED_TEXT, read_text, split_sentences
+from kvc_jax.evaluation.recall import SampleBuilder, score
 from kvc_jax.kernels import backends
 
-STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
+ASSETS = pathlib.Path(__file__).parents[2] / "assets"
+STORIES, RECALL = ASSETS / "stories260K", ASSETS / "recall-7m"
 LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 5
 RATES = (1.0, 2.0, 4.0, 8.0)
 GREEDY = SamplingParams(temperature=0, max_tokens=48)
@@ -72,6 +75,26 @@ def _generate(folder, rates, scoring=None):
 def test_shipped_model_gives_the_same_text_as_on_the_cpu(rate):
   on_gpu, on_cpu = _on_both(lambda: _generate(STORIES, (rate,)))
   assert on_gpu == on_cpu
+
+
+def _answers(rate):
+  """Token ids of answers about texts of 1,024 tokens, and whether each is right."""
+  llm = LLM(RECALL, dtype="float32", max_num_seqs=2, num_blocks=4096, chunk_size=256)
+  assert _takes_kernels(llm) == (backends.device_capability() is not None)
+  builder = SampleBuilder(split_sentences(read_text(SHIPPED_TEXT)), llm.tokenizer)
+  samples = [builder.sample("multi_key", 1024, number, seed=0) for number in range(4)]
+  params = SamplingParams(
+      temperature=0, max_tokens=samples[0].max_new_tokens, stop_token_ids=list(samples[0].stop_token_ids))
+  outputs = llm.generate([sample.prompt for sample in samples], params, Compression(rate=rate))
+  right = [score("multi_key", o.text, s.references[0]) for o, s in zip(outputs, samples, strict=True)]
+  return [output.token_ids for output in outputs], right
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_model_that_finds_facts_gives_the_same_answers_as_on_the_cpu(rate):
+  on_gpu, on_cpu = _on_both(lambda: _answers(rate))
+  assert on_gpu == on_cpu
+  assert on_gpu[1] == [1.0] * 4
 
 
 def _random_model(folder, head_dim, group):

@@ -14,8 +14,6 @@ from kvc_jax import TOVA, Compression, Engine, InputError, QueueFull, RandomScor
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine import footprint
 
-
-
 OPERATIONS, WITH_PREFIXES = 10_000, 2_500
 RULES = (WindowAttention(queries=4, pooling=3), RandomScore(), TOVA())
 ALLOCATIONS = ("all", "head", "pyramid")
