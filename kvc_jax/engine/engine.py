@@ -21,14 +21,15 @@ from kvc_jax.cache.snapshot import check_fits
 from kvc_jax.checkpoint.store import load_model
 from kvc_jax.config import LlamaConfig
 from kvc_jax.engine import footprint, saved
-from kvc_jax.engine.batch import Batch, Evicted, decode_rule
+from kvc_jax.engine.batch import Batch, decode_rule
+from kvc_jax.engine.flight import Dispatched, First, Flight, worthwhile_steps
+from kvc_jax.engine.kinds import kind_of, kinds_of, smallest_of
 from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.pool import calibrated_scales, check_sizes, context_length, pool_config
 from kvc_jax.engine.prefix_cache import PrefixCache
 from kvc_jax.engine.request import EngineStats, FinishReason, SamplingParams, TokenLogprobs, Update
 from kvc_jax.engine.scheduler import Scheduler
 from kvc_jax.engine.sequence import Sequence
-from kvc_jax.engine.steps import Decoded
 from kvc_jax.errors import InputError, QueueFull, check_count, check_real
 from kvc_jax.eviction.compression import Compression
 from kvc_jax.eviction.profile import HeadProfile
@@ -39,7 +40,6 @@ from kvc_jax.kernels import backends
 from kvc_jax.model.fingerprint import fingerprint
 from kvc_jax.model.layers import DecoderLayer
 from kvc_jax.model.llama import Llama, unstack_layers
-from kvc_jax.sampling import Logprobs
 from kvc_jax.tokenizer import IncrementalDecoder, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Engine:
     self._seeds = np.random.SeedSequence(seed)
     self._ids, self._orders = itertools.count(), itertools.count()
     self._max_waiting, self._chunks_per_step, self._swap_bytes = max_waiting, chunks_per_step, swap_bytes
-    self._kinds = list(itertools.product(rules, allocations))
+    self._rules, self._allocations = rules, allocations
     self._compiled: set[tuple[Any, ...]] | None = None  # until warm_up
     self._counts: collections.Counter[str] = collections.Counter()
     self._prefix_interval, self._plan_ahead = prefix_interval, plan_ahead
@@ -177,7 +177,7 @@ class Engine:
   def _start_empty(self) -> None:
     self._scheduler = Scheduler(self.config, self._plan_ahead)
     self._requests: dict[int, list[Sequence]] = {}
-    self._flight: _Flight | None = None
+    self._flight: Flight | None = None
     self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
     self._stalled = False  # a sequence got no block, and none has come back since
     self._prefixes = PrefixCache(self._prefix_interval, self.batch.drop) if self.config.sharing else None
@@ -278,7 +278,7 @@ class Engine:
     """Says in a line that a request of a kind that `warm_up` does not know will make the engine compile."""
     if compression is None or self._compiled is None:
       return
-    if (kind := _kind(compression)) not in self._compiled:
+    if (kind := kind_of(compression)) not in self._compiled:
       self._compiled.add(kind)
       what, remedy = ("", "them to Engine") if compression.mass is None else ("and mass ", "such a request to warm_up")
       _log.warning("steps for %r with allocation %r %scompile while serving; give %s",
@@ -454,10 +454,10 @@ class Engine:
   # --------------------------------------------------------------------- reading back
 
   @property
-  def _in_flight(self) -> "_Flight":
+  def _in_flight(self) -> Flight:
     """What has been dispatched since results were last read."""
     if self._flight is None:
-      self._flight = _Flight()
+      self._flight = Flight()
     return self._flight
 
   def _collect(self) -> None:
@@ -499,7 +499,7 @@ class Engine:
     if sequence not in self._news:
       self._news.append(sequence)
 
-  def _take_first(self, first: "_First", token: np.ndarray) -> bool:
+  def _take_first(self, first: First, token: np.ndarray) -> bool:
     sequence = first.sequence
     if sequence.token_ids or sequence.finish_reason:  # it started over: its first token is known
       return False
@@ -507,7 +507,7 @@ class Engine:
     return True
 
   def _take_decoded(
-      self, dispatched: "_Dispatched", counts: np.ndarray, drawn: np.ndarray
+      self, dispatched: Dispatched, counts: np.ndarray, drawn: np.ndarray
   ) -> list[tuple[int, Sequence]]:
     """Notes the steps [S] and tokens [K, S] of one loop; returns how many new tokens each sequence got."""
     news = []
@@ -716,13 +716,13 @@ class Engine:
       if not sequence.token_ids:
         token, logprobs = self.batch.first_token(logits, sequence)
         wanted = sequence.params.logprobs is not None
-        self._in_flight.first.append(_First(sequence, token, logprobs if wanted else None))
+        self._in_flight.first.append(First(sequence, token, logprobs if wanted else None))
     return True
 
   def _decode(self, most_steps: int) -> None:
     """Dispatches decode steps, once for each way of keeping scores."""
     rows = [s for s in self._scheduler.running if s.decodes]
-    most_steps = _worthwhile_steps([min(s.steps_left(self.max_model_len), most_steps) for s in rows])
+    most_steps = worthwhile_steps([min(s.steps_left(self.max_model_len), most_steps) for s in rows])
     groups = collections.defaultdict(list)
     for sequence in rows:
       groups[decode_rule(sequence.compression)].append(sequence)
@@ -732,7 +732,7 @@ class Engine:
       group += plain  # whoever needs no scores goes with the first group
       plain = []
       limits = [min(s.steps_left(self.max_model_len), most_steps) for s in group]
-      self._in_flight.decoded.append(_Dispatched(group, limits, self.batch.decode(group, limits, most_steps)))
+      self._in_flight.decoded.append(Dispatched(group, limits, self.batch.decode(group, limits, most_steps)))
 
   # ---------------------------------------------------------------------------- state
 
@@ -748,10 +748,7 @@ class Engine:
 
   def default_kinds(self) -> list[Compression | None]:
     """Kinds of requests that `warm_up` compiles for by default: all `rules` and `allocations`, once and again."""
-    return [None, *(
-        Compression(max_cache_tokens=1, window=1, interval=None if rule.observed == "moments" else 1, scoring=rule,
-                    allocation=allocation)
-        for rule, allocation in self._kinds)]
+    return kinds_of(self._rules, self._allocations)
 
   def warm_up(self, progress: bool = False, kinds: Collection[Compression | None] | None = None) -> None:
     """Compiles every program that serving can need, by serving each kind of request once.
@@ -768,13 +765,13 @@ class Engine:
       raise RuntimeError("warm_up serves requests of its own; call it before the first one is added")
     counts = self._counts.copy()
     kinds = self.default_kinds() if kinds is None else kinds
-    todo = dict.fromkeys(kind and _small(kind) for kind in kinds)
+    todo = dict.fromkeys(kind and smallest_of(kind) for kind in kinds)
     for kind in tqdm.tqdm(todo, disable=not progress, unit="kind", desc="compiling"):
       self._serve_one(kind)
     if self.config.sharing:
       self.batch.compile_sharing()
     self._counts = counts
-    self._compiled = {_kind(kind) for kind in kinds if kind}
+    self._compiled = {kind_of(kind) for kind in kinds if kind}
 
   def _serve_one(self, compression: Compression | None) -> None:
     params = SamplingParams(temperature=1.0, seed=0, max_tokens=3, logprobs=1, ignore_eos=True)
@@ -787,57 +784,6 @@ class Engine:
       if decoding and not swapped:
         self._preempt(decoding[0])
         swapped = True
-
-
-def _kind(compression: Compression) -> tuple[Any, ...]:
-  """What tells requests apart whose compression runs other programs."""
-  return compression.scoring, compression.allocation, compression.mass is not None
-
-
-def _small(compression: Compression) -> Compression:
-  """A request of the same kind that a prompt of one token can have."""
-  return Compression(
-      max_cache_tokens=1, window=1, scoring=compression.scoring, allocation=compression.allocation,
-      interval=1 if compression.scores_decode else None, mass=None if compression.mass is None else 0.5)
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-  """A token drawn behind a prompt: i32 [1]."""
-
-  sequence: Sequence
-  token: jax.Array
-  logprobs: Logprobs | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dispatched:
-  """A loop of decode steps."""
-
-  sequences: list[Sequence]
-  limits: list[int]
-  found: Decoded
-
-
-@dataclasses.dataclass
-class _Flight:
-  """What was dispatched and not read yet. `given` says whether blocks were there for each of `given_to`."""
-
-  decoded: list[_Dispatched] = dataclasses.field(default_factory=list)
-  first: list[_First] = dataclasses.field(default_factory=list)
-  evicted: list[Evicted] = dataclasses.field(default_factory=list)
-  given: list[jax.Array] = dataclasses.field(default_factory=list)
-  given_to: list[Sequence] = dataclasses.field(default_factory=list)
-
-
-_SYNC_STEPS = 0.5
-"""What looking at the results of a loop costs, in decode steps."""
-
-
-def _worthwhile_steps(limits: list[int]) -> int:
-  """Steps of a loop that give the most tokens in its time: sequences that cannot go on wait for its end."""
-  candidates = sorted(set(limits), reverse=True)
-  return max(candidates, key=lambda n: sum(min(n, limit) for limit in limits) / (n + _SYNC_STEPS), default=0)
 
 
 def _row(logprobs: Any, at: Any) -> tuple[Any, np.ndarray, np.ndarray]:

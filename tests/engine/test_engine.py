@@ -23,7 +23,8 @@ from kvc_jax import (
 )
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine.batch import Batch
-from kvc_jax.engine.engine import _worthwhile_steps
+from kvc_jax.engine.flight import worthwhile_steps
+from kvc_jax.engine.kinds import kind_of
 from kvc_jax.engine.sequence import Sequence
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
@@ -141,7 +142,7 @@ def test_a_crowd_swaps_and_starts_over_and_loses_nothing(tight, alone, monkeypat
 
 
 def test_another_rule_compiles_when_it_comes_and_says_so_once(roomy, caplog, monkeypatch):
-  kinds = {(rule, allocation, False) for rule, allocation in roomy._kinds}
+  kinds = {kind_of(kind) for kind in roomy.default_kinds() if kind}
   monkeypatch.setattr(roomy, "_compiled", kinds)  # as behind warm_up
   with caplog.at_level(logging.WARNING, logger="kvc_jax"):
     roomy.add("Once", GREEDY, Compression(rate=2))
@@ -313,7 +314,7 @@ def test_planning_ahead_spares_everybody_from_giving_way(tight, monkeypatch):
     ([*[16] * 39, 15], 16),  # 639 in 16.5, or 600 in 15.5
 ])
 def test_a_loop_is_as_long_as_is_worthwhile(limits, steps):
-  assert _worthwhile_steps(limits) == steps
+  assert worthwhile_steps(limits) == steps
 
 
 def test_a_compression_that_is_due_is_not_lost_on_the_way(roomy, alone):
