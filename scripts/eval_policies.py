@@ -146,7 +146,7 @@ def _report(args: argparse.Namespace) -> None:
   common.write_results(
       args.name, [dataclasses.asdict(row) for row in whole], folder=str(args.out), model=pathlib.Path(args.model).name,
       length=int(args.length), count=args.count, dtype=args.dtype,
-      options={name: " ".join(options) for name, options in POLICIES.items()})
+      options={name: " ".join(POLICIES[name]) for name in args.policy})
   common.print_table(_pivot(whole))
   if plots.can_draw():
     plots.save_all(rows, results, args.work)
