@@ -18,21 +18,22 @@ from kvc_jax.cli import main
 
 STORIES = pathlib.Path(__file__).parents[1] / "assets" / "stories260K"
 EXPECTED = (STORIES / "expected_200_steps.txt").read_text(encoding="utf-8")
+SHAPE = ["--block-size", "2", "--max-num-seqs", "2", "--chunk-size", "32"]  # of one shape, compiled once
 GENERATE = ["generate", str(STORIES), "--prompt", "Once", "--max-tokens", "4"]
 
 
 def test_generate_prints_the_text_and_a_receipt(capsys):
-  assert main(["generate", str(STORIES), "--prompt", "", "--max-tokens", "40", "--block-size", "4"]) == 0
+  assert main(["generate", str(STORIES), "--prompt", "", "--max-tokens", "40", *SHAPE]) == 0
   out, err = capsys.readouterr()
   assert EXPECTED.startswith(out.removesuffix("\n"))
   assert len(out) > 60
-  assert "blocks 200 of 200" in err
+  assert "blocks 400 of 400" in err
 
 
 def test_generate_json_of_two_prompts(capsys, tmp_path):
   (tmp_path / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
   command = ["generate", str(STORIES), "--prompt", "The dog", "--file", str(tmp_path / "prompt.txt"), "--json"]
-  assert main([*command, "--rate", "4", "--interval", "4", "--window", "4", "--block-size", "2"]) == 0
+  assert main([*command, "--rate", "4", "--interval", "4", "--window", "4", *SHAPE]) == 0
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   first, second = sorted(lines, key=lambda line: line["index"])
   assert [first["index"], second["index"]] == [0, 1]
@@ -45,7 +46,7 @@ def test_generate_json_of_two_prompts(capsys, tmp_path):
 
 
 def test_samples_with_log_probabilities(capsys):
-  command = ["generate", str(STORIES), "--prompt", "Once", "--max-tokens", "4", "--temperature", "1", "--seed", "5"]
+  command = [*GENERATE, "--temperature", "1", "--seed", "5", *SHAPE]
   assert main([*command, "--n", "2", "--json", "--logprobs", "3"]) == 0
   lines = sorted((json.loads(line) for line in capsys.readouterr().out.splitlines()), key=lambda line: line["sample"])
   assert [line["sample"] for line in lines] == [0, 1]
@@ -71,7 +72,7 @@ def test_help_comes_without_jax(command):
 
 def test_kept_positions_stay(capsys):
   prompt = "Once upon a time there was a dog. " * 6
-  command = ["generate", str(STORIES), "--prompt", prompt, "--json", "--block-size", "2"]
+  command = ["generate", str(STORIES), "--prompt", prompt, "--json", *SHAPE]
   options = ["--rate", "8", "--window", "2", "--keep", "3:9", "--keep", "20:24", "--max-tokens", "2"]
   assert main([*command, *options]) == 0
   receipt = json.loads(capsys.readouterr().out)["receipt"]
@@ -88,7 +89,7 @@ def test_prompt_from_standard_input(extra, capsys, monkeypatch):
 def test_inspect_draws_a_png(capsys, tmp_path):
   picture = tmp_path / "kept.png"
   command = ["inspect", str(STORIES), "--prompt", "Once upon a time " * 20, "--rate", "4", "--max-tokens", "2"]
-  assert main([*command, "--scoring", "full", "--buffer", "2", "--block-size", "4", "-o", str(picture)]) == 0
+  assert main([*command, "--scoring", "full", "--buffer", "2", *SHAPE, "-o", str(picture)]) == 0
   assert picture.read_bytes().startswith(b"\x89PNG")
   assert "layer   4:" in capsys.readouterr().out
 
@@ -99,7 +100,7 @@ def test_convert_then_generate(capsys, tmp_path):
   capsys.readouterr()
   texts = []
   for model in (str(STORIES), target):
-    assert main(["generate", model, "--prompt", "Once", "--max-tokens", "12", "--quiet"]) == 0
+    assert main(["generate", model, "--prompt", "Once", "--max-tokens", "12", "--quiet", *SHAPE]) == 0
     texts.append(capsys.readouterr().out)
   assert texts[0] == texts[1]
 
@@ -325,7 +326,8 @@ def test_converting_twice_needs_overwrite(capsys, tmp_path):
 
 def test_a_closed_pipe_is_no_traceback():
   """`kvc generate ... | head` ends quietly."""
-  command = f"{sys.executable} -m kvc_jax.cli generate {STORIES} -p Once --max-tokens 200 --quiet | head -c 5"
+  options = " ".join(["--max-tokens", "200", "--quiet", *SHAPE])
+  command = f"{sys.executable} -m kvc_jax.cli generate {STORIES} -p Once {options} | head -c 5"
   done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
   assert len(done.stdout) == 5
   assert "Traceback" not in done.stderr

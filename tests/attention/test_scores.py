@@ -80,10 +80,10 @@ def test_output_equals_dense_attention(chunk, tokens):
     np.testing.assert_allclose(out[layer], expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("chunk", [64, 16, 5])
-@pytest.mark.parametrize("rule", [
-    WindowAttention(queries=8), WindowAttention(queries=1, pooling=1), WindowAttention(queries=64, power=1, pooling=5)],
-    ids=repr)
+@pytest.mark.parametrize(("rule", "chunk"), [
+    (WindowAttention(queries=8), 64), (WindowAttention(queries=8), 16), (WindowAttention(queries=8), 5),
+    (WindowAttention(queries=1, pooling=1), 16), (WindowAttention(queries=64, power=1, pooling=5), 64),
+    (WindowAttention(queries=64, power=1, pooling=5), 5)], ids=repr)
 def test_window_scores(chunk, rule):
   """Equal to the oracle in chunks of any size: the observed queries may lie in several chunks."""
   qkv = _random_qkv(0, 37)
@@ -94,8 +94,9 @@ def test_window_scores(chunk, rule):
     np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("chunk", [64, 16, 5])
-@pytest.mark.parametrize("rule", [FullAttention(), FullAttention(power=1, buffer=0)], ids=repr)
+@pytest.mark.parametrize(("rule", "chunk"), [
+    (FullAttention(), 64), (FullAttention(), 16), (FullAttention(), 5), (FullAttention(power=1, buffer=0), 5)],
+    ids=repr)
 def test_full_scores(chunk, rule):
   qkv = _random_qkv(1, 37)
   _, state = _prefill(qkv, chunk, rule)
@@ -105,7 +106,7 @@ def test_full_scores(chunk, rule):
     np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("rule", [WindowAttention(queries=5), FullAttention()], ids=repr)
+@pytest.mark.parametrize("rule", [WindowAttention(queries=8), FullAttention()], ids=repr)
 def test_scores_of_a_prompt_of_several_tiles(rule):
   """A tile of the scoring loop is 64 KVs here; 78 tokens take two."""
   qkv = _random_qkv(7, 78)
@@ -113,7 +114,7 @@ def test_scores_of_a_prompt_of_several_tiles(rule):
   for layer in range(2):
     q, k = qkv[0][layer], qkv[1][layer]
     if rule.observed == "last":
-      expected = oracles.window_scores(q, k, queries=5, power=2, pooling=7, scale=SCALE)
+      expected = oracles.window_scores(q, k, queries=8, power=2, pooling=7, scale=SCALE)
     else:
       expected = oracles.full_scores(q, k, power=2, buffer=10, scale=SCALE)
     np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
@@ -121,24 +122,24 @@ def test_scores_of_a_prompt_of_several_tiles(rule):
 
 def test_scores_behind_an_eviction_replace_the_old_and_pool_neighbours_by_position():
   """Evictions move KVs about: a neighbour is still the next position that is held."""
-  rule = WindowAttention(queries=6, pooling=3)
+  rule = WindowAttention(queries=8, pooling=3)
   qkv = _random_qkv(8, 37)
-  _, state = _prefill(qkv, 64, rule)
+  _, state = _prefill(qkv, 64, WindowAttention(queries=8))
   state, _ = _evict(state, jnp.array([SLOT]), jnp.array([15]), jnp.array([4]), jnp.array([2]), rule=rule)
   held = [[[p for p, _ in head] for head in layer] for layer in held_kvs(state, SLOT)]
   assert any(len(head) < 37 for layer in held for head in layer)
-  observation = Observation(*(jnp.zeros((2, 6, HEADS * GROUP, *d)) for d in ((DIM,), ())))
+  queries, log_sums = qkv[0][:, -8:], np.zeros((2, 8, HEADS * GROUP), np.float32)
   where = np.arange(37)
   for layer in range(2):
-    logits = oracles.probabilities(qkv[0][layer][-6:], qkv[1][layer], where[-6:], where, SCALE)
+    logits = oracles.probabilities(qkv[0][layer][-8:], qkv[1][layer], where[-8:], where, SCALE)
     q, k = (x[layer].astype(np.float64) for x in qkv[:2])
     sums = [[np.log(np.exp(SCALE * (k[: t + 1, n // GROUP] @ q[t, n])).sum()) for n in range(HEADS * GROUP)]
-            for t in where[-6:]]
-    observation = Observation(
-        observation.queries.at[layer].set(qkv[0][layer][-6:]), observation.log_sums.at[layer].set(np.array(sums)))
+            for t in where[-8:]]
+    log_sums[layer] = sums
     held[layer] = [(head, (logits[n * GROUP : (n + 1) * GROUP] ** 2).sum(axis=1)[:, head])
                    for n, head in enumerate(held[layer])]
-  state = _score_observed(poison(state), observation, jnp.int32(SLOT), scale=SCALE, rule=rule)
+  state = _score_observed(
+      poison(state), Observation(jnp.asarray(queries), jnp.asarray(log_sums)), jnp.int32(SLOT), scale=SCALE, rule=rule)
   for layer, head in np.ndindex(2, HEADS):
     positions, sums = held[layer][head]
     expected = sum(np.array([row[max(0, i - 1) : i + 2].max() for i in range(len(row))]) for row in sums)
@@ -152,7 +153,7 @@ def test_scores_behind_an_eviction_replace_the_old_and_pool_neighbours_by_positi
     FullAttention(buffer=2, decode_every=3)], ids=repr)
 def test_a_decode_query_is_scored_by_the_next_step(rule):
   qkv = _random_qkv(2, 20)
-  _, state = _prefill(qkv, 32, rule)
+  _, state = _prefill(qkv, 64, FullAttention())
   before = _scores(state)
   new, newer = _random_qkv(3, CONFIG.num_slots), _random_qkv(4, CONFIG.num_slots)
   state = _decode(state, new, rule)
@@ -169,8 +170,8 @@ def test_a_decode_query_is_scored_by_the_next_step(rule):
 
 
 def test_a_released_or_prolonged_sequence_forgets_its_query():
-  rule = FullAttention(power=1, buffer=0)
-  _, state = _prefill(_random_qkv(2, 20), 32, rule)
+  rule = FullAttention(power=1, buffer=0, decode_every=1)
+  _, state = _prefill(_random_qkv(2, 20), 64, FullAttention())
   state = _decode(state, _random_qkv(3, CONFIG.num_slots), rule)
   assert np.isfinite(state.log_sums[:, SLOT]).all()
   assert np.isinf(release(state, jnp.array([SLOT])).log_sums).all()
@@ -179,8 +180,8 @@ def test_a_released_or_prolonged_sequence_forgets_its_query():
 
 
 def test_a_broken_query_does_not_outlive_its_sequence():
-  rule = FullAttention(power=1, buffer=0)
-  _, state = _prefill(_random_qkv(2, 20), 32, rule)
+  rule = FullAttention(power=1, buffer=0, decode_every=1)
+  _, state = _prefill(_random_qkv(2, 20), 64, FullAttention())
   q, k, v = _random_qkv(3, CONFIG.num_slots)
   state = release(_decode(state, (q * np.nan, k, v), rule), jnp.array([SLOT]))
   state, _ = allocate(state, jnp.array([SLOT]), jnp.array([4]), max_count=4)
@@ -227,7 +228,7 @@ def test_mean_divides_by_queries_that_counted(rule):
 def _pass(seed, change):
   """Output and scores of a prompt whose q, k, v went through `change`."""
   qkv = change(*_random_qkv(seed, 37))
-  out, state = _prefill(qkv, 16, FullAttention(buffer=0))
+  out, state = _prefill(qkv, 16, FullAttention())
   return out, _scores(state)
 
 

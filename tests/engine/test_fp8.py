@@ -1,6 +1,7 @@
 """FP8 blocks: how near they come to full precision, and what they save."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -34,30 +35,41 @@ def _run(dtype, *, scales=None, spread=1.0, chunk=32):
   """Outputs of 32 prompt tokens and of 2 decoded ones, [34, H*G, D] a layer, and the cache."""
   rng = np.random.default_rng(0)
   q, k, v = (rng.normal(size=(34, LAYERS, n, DIM)).astype(np.float32) for n in (HEADS * GROUP, HEADS, HEADS))
-  k, v = k * spread, v * spread
+  q, k, v = q / spread, k * spread, v * spread
   state, rule = poison(init_cache(_config(dtype), scales)), FullAttention(power=1, buffer=0)
   observation = init_observation(rule, LAYERS, HEADS * GROUP, DIM, jnp.float32)
-  slot, outs = jnp.array([0]), []
+  outs = []
   for start in range(0, 32, chunk):
-    state, _ = allocate(state, slot, jnp.array([chunk]), max_count=chunk)
-    rows = []
-    for layer in range(LAYERS):
-      piece = (x[start : start + chunk, layer] for x in (q, k, v))
-      out, state, observation = prefill_attention(
-          state, observation, jnp.int32(layer), *piece, slot=slot[0], count=jnp.int32(chunk), scale=0.2 / spread,
-          rule=rule)
-      rows.append(out)
-    outs.append(np.stack(rows, axis=1))
+    out, state, observation = _chunk(state, observation, *(x[start : start + chunk] for x in (q, k, v)), rule)
+    outs.append(out)
   for token in (32, 33):
-    state, _ = allocate(state, slot, jnp.array([1]), max_count=1)
-    rows = []
-    for layer in range(LAYERS):
-      piece = (x[token : token + 1, layer] for x in (q, k, v))
-      out, state = decode_attention(
-          state, jnp.int32(layer), *piece, active=jnp.array([True]), scale=0.2 / spread, rule=rule)
-      rows.append(out)
-    outs.append(np.stack(rows, axis=1))
+    out, state = _decode(state, *(x[token : token + 1] for x in (q, k, v)), rule)
+    outs.append(out)
   return np.concatenate(outs), state
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _chunk(state, observation, q, k, v, rule):
+  slot, count = jnp.array([0]), q.shape[0]
+  state, _ = allocate(state, slot, jnp.array([count]), max_count=count)
+  rows = []
+  for layer in range(LAYERS):
+    out, state, observation = prefill_attention(
+        state, observation, jnp.int32(layer), q[:, layer], k[:, layer], v[:, layer], slot=slot[0],
+        count=jnp.int32(count), scale=0.2, rule=rule)
+    rows.append(out)
+  return jnp.stack(rows, axis=1), state, observation
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _decode(state, q, k, v, rule):
+  state, _ = allocate(state, jnp.array([0]), jnp.array([1]), max_count=1)
+  rows = []
+  for layer in range(LAYERS):
+    out, state = decode_attention(
+        state, jnp.int32(layer), q[:, layer], k[:, layer], v[:, layer], active=jnp.array([True]), scale=0.2, rule=rule)
+    rows.append(out)
+  return jnp.stack(rows, axis=1), state
 
 
 @pytest.mark.parametrize(("spread", "scale"), [(1.0, None), (1.0, 0.01), (3000.0, 30.0), (1e-3, 1e-5)])

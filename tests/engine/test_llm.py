@@ -1,8 +1,10 @@
 """`LLM` on the shipped model: freed memory, compiles, stops, streaming."""
 
 import dataclasses
+import functools
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -24,12 +26,23 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 5
 
 # Engines of one shape run the same compiled programs: a test takes another shape only where it is about that.
-TIGHT = 12 * 20 + 1  # blocks of a pool that holds 48 KVs of each of 20 heads
+TIGHT = 60 * 20 + 1  # blocks of a pool that holds 240 KVs of each of 20 heads
 
 
 @pytest.fixture(scope="module")
 def llm():
   return LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32)
+
+
+@pytest.fixture(scope="module")
+def tight():
+  return LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32, num_blocks=TIGHT)
+
+
+@pytest.fixture(scope="module")
+def short():
+  """Of another shape, and of little context."""
+  return LLM(STORIES, max_num_seqs=3, block_size=8, chunk_size=32, max_model_len=256)
 
 
 def _sequence(llm, prompt, compression):
@@ -49,22 +62,22 @@ def test_attention_after_eviction_is_dense_attention_over_what_is_kept(llm):
   active = np.arange(llm.config.num_slots) == slot
   state, _ = allocate(state, jnp.arange(llm.config.num_slots), active.astype(np.int32), max_count=1)
   rng = np.random.default_rng(0)
+  attend = jax.jit(functools.partial(decode_attention, scale=0.3))
   for layer in range(shape.num_layers):
     q, k, v = (rng.normal(size=(llm.config.num_slots, n, shape.head_dim)).astype(np.float32)
                for n in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads))
-    out, state = decode_attention(state, jnp.int32(layer), q, k, v, active=active, scale=0.3)
+    out, state = attend(state, jnp.int32(layer), q, k, v, active=active)
     held = [held_keys_and_values(state, layer, slot, h) for h in range(shape.num_kv_heads)]
     expected = oracles.attention_ragged(q[slot], [h[1] for h in held], [h[2] for h in held], 0.3)
     np.testing.assert_allclose(out[slot], expected, atol=2e-6)
 
 
-def test_freed_is_really_freed():
+def test_freed_is_really_freed(tight):
   """A pool with room for one prompt: after 8x the blocks in the receipt are free and serve a second one."""
-  llm = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32)
-  prompt = llm.tokenizer.encode(LONG)
-  one = llm.config.blocks_for(len(prompt) + 1)
-  batch = Batch(llm.engine.model, dataclasses.replace(llm.config, num_blocks=one + one // 2), 32)
-  first, second = (_sequence(llm, LONG, Compression(rate=8, window=8)) for _ in range(2))
+  prompt = tight.tokenizer.encode(LONG)
+  one = tight.config.blocks_for(len(prompt) + 1)
+  batch = Batch(tight.engine.model, tight.config, 32)
+  first, second = (_sequence(tight, LONG, Compression(rate=8, window=8)) for _ in range(2))
   stepwise.prefill(batch, first)
   assert batch.free_blocks < one  # a second prompt does not fit
   before = batch.free_blocks
@@ -79,15 +92,13 @@ def test_freed_is_really_freed():
   assert batch.free_blocks == batch.config.num_blocks - 1
 
 
-def test_waits_for_blocks_then_serves_all():
+def test_waits_for_blocks_then_serves_all(tight):
   """Prompts that do not fit together run one behind the other, and a full pool ends cleanly."""
-  llm = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32, num_blocks=1200)
-  outputs = llm.generate([LONG, LONG, LONG], GREEDY)
+  outputs = tight.generate([LONG, LONG, LONG], GREEDY)
   assert {o.text for o in outputs} == {outputs[0].text}
-  assert llm.free_blocks == 1199
-  tight = LLM(STORIES, max_num_seqs=3, block_size=4, chunk_size=32, num_blocks=TIGHT)
-  outputs = tight.generate(["", "", ""], SamplingParams(temperature=0, max_tokens=60))
-  assert [(o.finish_reason, len(o.token_ids)) for o in outputs] == [("cache_full", 48)] * 3
+  assert tight.free_blocks == TIGHT - 1
+  outputs = tight.generate(["", "", ""], SamplingParams(temperature=0, max_tokens=300, ignore_eos=True))
+  assert [(o.finish_reason, len(o.token_ids)) for o in outputs] == [("cache_full", 240)] * 3
   assert tight.free_blocks == TIGHT - 1
 
 
@@ -141,8 +152,7 @@ def test_rate_does_not_compound(llm):
   assert (stepwise.receipt(batch, sequence).kvs_kept == lengths).all()
 
 
-def test_three_lengths_compile_no_more_than_one():
-  llm = LLM(STORIES, max_num_seqs=3, block_size=8, chunk_size=32)
+def test_three_lengths_compile_no_more_than_one(short):
   jitted = (steps.prefill_chunk, steps.decode_loop, steps.score_prompt, steps.evict, steps.release)
   compression = Compression(rate=4, interval=4)
 
@@ -150,10 +160,10 @@ def test_three_lengths_compile_no_more_than_one():
     return sum(f._cache_size() for f in jitted)
 
   start = compiles()
-  llm.generate(LONG[:60], GREEDY, compression)
+  short.generate(LONG[:60], GREEDY, compression)
   after_one = compiles()
   assert after_one > start
-  llm.generate([LONG[:9], LONG[:200], LONG], GREEDY, Compression(rate=8, window=16, interval=4))
+  short.generate([LONG[:9], LONG[:200], LONG], GREEDY, Compression(rate=8, window=16, interval=4))
   assert compiles() == after_one
 
 
@@ -214,11 +224,10 @@ def test_stop_token_id(llm):
   assert output.token_ids == plain.token_ids[: first + 1]
 
 
-def test_context_end_is_length():
-  llm = LLM(STORIES, max_num_seqs=1, block_size=4, max_model_len=20)
-  (output,) = llm.generate("", SamplingParams(temperature=0, max_tokens=100))
+def test_context_end_is_length(short):
+  (output,) = short.generate([5] * 240, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
   assert output.finish_reason == "length"
-  assert len(output.prompt_token_ids) + len(output.token_ids) == 20
+  assert len(output.prompt_token_ids) + len(output.token_ids) == 256
 
 
 def test_a_raising_callback_leaks_no_block(llm):

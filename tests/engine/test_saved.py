@@ -31,10 +31,13 @@ def engine():
   return Engine(STORIES, max_num_seqs=2, **OPTIONS)
 
 
+ELSEWHERE = {**OPTIONS, "max_num_seqs": 3, "num_blocks": 3000}
+"""Other slots, another pool."""
+
+
 @pytest.fixture(scope="module")
 def other():
-  """Other slots, another pool."""
-  return Engine(STORIES, max_num_seqs=3, num_blocks=3000, **OPTIONS)
+  return Engine(STORIES, **ELSEWHERE)
 
 
 def _run(engine, request_id, steps=None):
@@ -95,10 +98,10 @@ def test_another_process_goes_on(engine, tmp_path):
   engine.cancel(request_id)
   program = (
       "import json, sys; from kvc_jax import Engine\n"
-      "engine = Engine(sys.argv[1], max_num_seqs=1, **json.loads(sys.argv[2])); engine.resume(sys.argv[3])\n"
+      "engine = Engine(sys.argv[1], **json.loads(sys.argv[2])); engine.resume(sys.argv[3])\n"
       "while engine.has_work:\n  for update in engine.step(): output = update.output\n"
       "print(json.dumps([output.token_ids, output.receipt.kvs_kept.tolist()]))")
-  command = [sys.executable, "-c", program, STORIES, json.dumps(OPTIONS), tmp_path / "saved"]
+  command = [sys.executable, "-c", program, STORIES, json.dumps(ELSEWHERE), tmp_path / "saved"]
   done = subprocess.run(command, capture_output=True, text=True, check=True)
   assert json.loads(done.stdout) == [whole.token_ids, whole.receipt.kvs_kept.tolist()]
 

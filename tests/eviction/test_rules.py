@@ -14,7 +14,9 @@ from kvc_jax.attention.decode import decode_attention
 from kvc_jax.attention.prefill import init_observation, prefill_attention, score_observed
 from kvc_jax.cache.alloc import allocate
 from kvc_jax.cache.state import CacheConfig, check_invariants, init_cache
+from kvc_jax.engine.batch import prefill_rule
 from kvc_jax.errors import InputError
+from kvc_jax.eviction.compression import Compression
 from kvc_jax.eviction.look import layer_kvs, look_at
 from kvc_jax.eviction.names import SCORINGS
 from kvc_jax.eviction.rules import RULES
@@ -51,6 +53,10 @@ def _random_prompt(seed, tokens=TOKENS):
   return plain, np.einsum("tde,ltne->ltnd", turns, plain).astype(np.float32), k, v
 
 
+_evict = jax.jit(evict, static_argnames=("rule", "allocation"))
+_score_observed = jax.jit(score_observed, static_argnames=("scale", "rule"))
+
+
 @functools.partial(jax.jit, static_argnames="rule")
 def _chunk(state, observation, qkv, count, rule):
   state, _ = allocate(state, jnp.array([SLOT]), count[None], max_count=qkv[0].shape[1])
@@ -64,18 +70,21 @@ def _chunk(state, observation, qkv, count, rule):
 def _prefilled(qkv, rule, chunk=20):
   tokens = qkv[0].shape[1]
   state = poison(init_cache(CONFIG))
-  observation = init_observation(rule, LAYERS, HEADS * GROUP, DIM, jnp.float32, FREQUENCIES)
+  observed = prefill_rule(Compression(rate=2, scoring=rule))  # as in the engine: one program for many rules
+  observation = init_observation(observed, LAYERS, HEADS * GROUP, DIM, jnp.float32, FREQUENCIES)
   for start in range(0, tokens, chunk):
     count = min(chunk, tokens - start)
     padding = ((0, 0), (0, chunk - count), (0, 0), (0, 0))
     piece = [np.pad(x[:, start : start + count], padding, constant_values=np.nan) for x in qkv]
-    state, observation = _chunk(state, observation, piece, jnp.int32(count), rule)
+    state, observation = _chunk(state, observation, piece, jnp.int32(count), observed)
     state = poison(state)
-  state = score_observed(state, observation, jnp.int32(SLOT), scale=SCALE, rule=rule)
+  if rule.observed in ("last", "moments"):
+    state = _score_observed(state, observation, jnp.int32(SLOT), scale=SCALE, rule=rule)
   check_invariants(state)
   return state
 
 
+@functools.partial(jax.jit, static_argnames="rule")
 def _decoded(state, qkv, rule):
   state, _ = allocate(state, jnp.array([SLOT]), jnp.array([1]), max_count=1)
   for layer in range(LAYERS):
@@ -187,14 +196,14 @@ def test_the_tolerance_catches_mutations(rule):
     assert wrong.mean() > 0.1, name
 
 
-@pytest.mark.parametrize("allocation", ["all", "head"])
-@pytest.mark.parametrize("rule", [CASES[0], CASES[1], TOVA(), StreamingLLM(sinks=3), KeyNorm(), KeyDiff(), CASES[7]],
-                         ids=repr)
+@pytest.mark.parametrize(("rule", "allocation"), [
+    (CASES[0], "all"), (CASES[1], "head"), (TOVA(), "all"), (TOVA(), "head"), (StreamingLLM(sinks=3), "all"),
+    (StreamingLLM(sinks=3), "head"), (KeyNorm(), "all"), (KeyDiff(), "head"), (CASES[7], "all")], ids=repr)
 def test_an_eviction_keeps_what_the_oracle_keeps(rule, allocation):
   prompt = _random_prompt(1)
   state = _prefilled(prompt[1:], rule)
   one = np.array([SLOT])
-  state, _ = evict(
+  state, _ = _evict(
       state, one, np.array([14]), np.array([8]), np.array([4]), np.array([first_observed(rule, TOKENS)]), rule=rule,
       allocation=allocation)
   check_invariants(state)
@@ -209,7 +218,7 @@ def test_an_eviction_keeps_what_the_oracle_keeps(rule, allocation):
 def test_critical_kv_chooses_in_two_stages(first_share):
   rule, prompt = CriticalKV(queries=6, first_share=first_share), _random_prompt(2)
   state = _prefilled(prompt[1:], rule)
-  state, _ = evict(
+  state, _ = _evict(
       state, np.array([SLOT]), np.array([20]), np.array([6]), np.array([1]), rule=rule, allocation="head",
       output=[jnp.asarray(layer) for layer in OUTPUT])
   for layer, head in np.ndindex(LAYERS, HEADS):
@@ -239,7 +248,7 @@ def test_tova_behind_the_prompt_goes_by_the_last_decoded_token(allocation):
   rule, prompt = TOVA(), _random_prompt(3)
   state = _prefilled(prompt[1:], rule)
   one = np.array([SLOT])
-  state, _ = evict(
+  state, _ = _evict(
       state, one, np.array([14]), np.array([2]), np.array([0]), rule=KeyNorm() if allocation == "all" else rule,
       allocation=allocation)
   decoded = [_random_prompt(seed, CONFIG.num_slots)[1:] for seed in (4, 5)]
@@ -259,7 +268,7 @@ def test_tova_behind_the_prompt_goes_by_the_last_decoded_token(allocation):
 def test_expected_attention_does_not_depend_on_chunks():
   prompt = _random_prompt(6)
   rule = ExpectedAttention(future=16)
-  whole, pieces = (_stored(_prefilled(prompt[1:], rule, chunk), rule) for chunk in (64, 5))
+  whole, pieces = (_stored(_prefilled(prompt[1:], rule, chunk), rule) for chunk in (20, 5))
   np.testing.assert_allclose(pieces[..., 4:], whole[..., 4:], rtol=1e-4)
 
 
@@ -284,7 +293,7 @@ def test_rules_see_keys_and_values_in_their_own_unit():
 
 def test_streaming_keeps_sinks_and_the_newest():
   state = _prefilled(_random_prompt(0)[1:], StreamingLLM(sinks=3))
-  state, _ = evict(state, np.array([SLOT]), np.array([10]), np.array([1]), np.array([0]), rule=StreamingLLM(sinks=3),
+  state, _ = _evict(state, np.array([SLOT]), np.array([10]), np.array([1]), np.array([0]), rule=StreamingLLM(sinks=3),
                    allocation="head")
   assert [p for p, _ in held_kvs(state, SLOT)[0][0]] == [0, 1, 2, *range(TOKENS - 7, TOKENS)]
 

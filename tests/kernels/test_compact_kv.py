@@ -1,5 +1,7 @@
 """Closing the holes that eviction left: the XLA version, the Triton one interpreted, and on a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,8 @@ from kvc_jax.kernels.compact_kv import compact_kv
 SMALL = compact_kv_triton.Config(chunk=32, tile=4, ctas=3)
 
 
-def _interpret(*arguments):
-  return compact_kv_triton.compact_kv(*arguments, config=SMALL, interpret=True)
+_xla = jax.jit(compact_kv_xla.compact_kv)
+_interpret = jax.jit(functools.partial(compact_kv_triton.compact_kv, config=SMALL, interpret=True))
 
 
 def make_problem(seed, *, heads=5, block_size=8, max_blocks=12, head_dim=64, dtype=jnp.float32, wide=None):
@@ -30,12 +32,16 @@ def make_problem(seed, *, heads=5, block_size=8, max_blocks=12, head_dim=64, dty
   evicted[-1] = np.arange(kvs) < lengths[-1]  # all of a head
   tables = (blocks - used + rng.permutation(used)).reshape(heads, max_blocks)
   tables[np.arange(max_blocks) * block_size >= lengths[:, None]] = 0
-  names = jnp.arange(blocks * block_size, dtype=jnp.int32).reshape(blocks, block_size)
-  kv = ((names[:, None, :, None] + jnp.arange(head_dim, dtype=jnp.int32)) % _modulus(dtype)).astype(dtype)
-  kv = jnp.concatenate([kv, -kv], axis=1)
   kept = lengths - evicted.sum(axis=1)
   arrays = [jnp.asarray(x, jnp.int32) for x in (tables, lengths, kept)]
-  return kv, names.astype(jnp.float32), names, jnp.asarray(evicted), *arrays
+  return *_pools(blocks, block_size, head_dim, dtype), jnp.asarray(evicted), *arrays
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _pools(blocks, block_size, head_dim, dtype):
+  names = jnp.arange(blocks * block_size, dtype=jnp.int32).reshape(blocks, block_size)
+  kv = ((names[:, None, :, None] + jnp.arange(head_dim, dtype=jnp.int32)) % _modulus(dtype)).astype(dtype)
+  return jnp.concatenate([kv, -kv], axis=1), names.astype(jnp.float32), names
 
 
 def _modulus(dtype):
@@ -49,7 +55,7 @@ def check(problem, pools):
   block_size = problem[0].shape[2]
   evicted, lengths, kept, slots = (np.asarray(x) for x in (problem[3], *problem[5:], tables * block_size))
   # Only what the tables name comes to the host: the pool may be large.
-  kv, scores, positions = (np.asarray(pool[tables].astype(jnp.float32)) for pool in pools)
+  kv, scores, positions = (np.asarray(pool[tables]).astype(np.float32) for pool in pools)
   heads, _, _, _, head_dim = kv.shape
   kv = kv.swapaxes(2, 3).reshape(heads, -1, 2, head_dim)
   for row in range(heads):
@@ -64,7 +70,7 @@ def check(problem, pools):
     np.testing.assert_array_equal(kv[row, : kept[row]], np.stack([keys, -keys], axis=1))
 
 
-@pytest.mark.parametrize("run", [compact_kv_xla.compact_kv, _interpret], ids=["xla", "triton"])
+@pytest.mark.parametrize("run", [_xla, _interpret], ids=["xla", "triton"])
 @pytest.mark.parametrize(
     ("seed", "options"),
     [(0, {}), (1, {"block_size": 16, "max_blocks": 5, "head_dim": 96}), (2, {"block_size": 1, "max_blocks": 40}),
@@ -77,7 +83,7 @@ def test_survivors_close_ranks(run, seed, options):
 
 def test_nothing_evicted_changes_nothing():
   kv, scores, positions, evicted, tables, lengths, _ = make_problem(4)
-  for run in (compact_kv_xla.compact_kv, _interpret):
+  for run in (_xla, _interpret):
     new = run(kv, scores, positions, jnp.zeros_like(evicted), tables, lengths, lengths)
     for before, after in zip((kv, scores, positions), new, strict=True):
       np.testing.assert_array_equal(after, before)
@@ -86,13 +92,13 @@ def test_nothing_evicted_changes_nothing():
 @pytest.mark.parametrize("mutation", ["values kept", "scores kept", "one move less"])
 def test_the_check_sees_mistakes(mutation):
   problem = make_problem(0)
-  kv, scores, positions = compact_kv_xla.compact_kv(*problem)
+  kv, scores, positions = _xla(*problem)
   if mutation == "values kept":
     kv = kv.at[:, 1].set(problem[0][:, 1])
   elif mutation == "scores kept":
     scores = problem[1]
   else:
-    moved = int(jnp.flatnonzero(positions.reshape(-1) != problem[2].reshape(-1))[0])
+    moved = np.flatnonzero(np.asarray(positions) != np.asarray(problem[2]))[0]
     positions = positions.reshape(-1).at[moved].set(moved).reshape(positions.shape)
   with pytest.raises(AssertionError):
     check(problem, (kv, scores, positions))

@@ -1,8 +1,10 @@
 """The Pallas Mosaic GPU decode kernel, interpreted on the CPU; on a GPU it runs in test_paged_decode_triton.py."""
 
+import functools
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 from decode_problems import (
@@ -29,9 +31,13 @@ def _problem(group, head_dim, block_size, dtype, max_tokens=128):
       dtype=dtype)
 
 
+_decode = jax.jit(
+    functools.partial(paged_decode_mosaic.paged_decode, scale=SCALE, interpret=True),
+    static_argnames=("config", "power", "buffer", "every"))
+
+
 def _interpret(problem, layer, *observed, config=SMALL, **options):
-  return paged_decode_mosaic.paged_decode(
-      *problem.attention, jnp.int32(layer), *observed, scale=SCALE, config=config, interpret=True, **options)
+  return _decode(*problem.attention, jnp.int32(layer), *observed, config=config, **options)
 
 
 @pytest.mark.parametrize(
