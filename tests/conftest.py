@@ -7,8 +7,10 @@ optimising, which changes no more than rounding: a module whose tests compare pr
 `pytestmark = pytest.mark.optimized` and gets what users get.
 """
 
+import gc
 import importlib.util
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -48,6 +50,19 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if "gpu" in item.keywords:
       item.add_marker(skip)
+
+
+MOST_MAPPINGS = 20_000
+"""Of a process's memory, in which every compiled program has some; Linux gives it 65,530, and XLA crashes beyond."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs_in_memory():
+  """Forgets compiled programs when they are many; those that are wanted again come from the cache on disk."""
+  mappings = pathlib.Path("/proc/self/maps")
+  if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="module")
