@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
   _add_calibrate(commands)
   add_eval(commands)
   _add_serve(commands)
-  demo = commands.add_parser("demo", help="find a fact in a long text at 1x, 4x, 16x and 64x, with the shipped model")
-  demo.add_argument("--length", type=int, default=4096, help="of text and question, in tokens (default: 4096)")
-  demo.add_argument("--number", type=int, default=0, help="another text and question for each number (default: 0)")
+  demo = commands.add_parser("demo", help="find a fact in a long text at 1x, 4x, 16x and 64x, with recall-7m")
+  demo.add_argument("--length", type=int, help="of text, question and answer, in tokens (default: 4096)")
+  demo.add_argument("--number", type=int, help="another text and question for each number (default: 0)")
   demo.add_argument("--story", action="store_true", help="tell the smallest model's story at 1x, 2x, 4x and 8x instead")
   demo.add_argument("--quiet", action="store_true", help="no progress bars")
   demo.add_argument("--heatmap", type=pathlib.Path, default=pathlib.Path("heatmap.png"), help="PNG to write")
@@ -352,12 +352,17 @@ def _api_key(file: str | None) -> str | None:
 
 def _demo(args: argparse.Namespace) -> int:
   from kvc_jax.demo import find_fact, tell_story
+  from kvc_jax.evaluation.recall import SHORTEST
 
   if args.story:
+    if args.length is not None or args.number is not None:
+      raise InputError("--length and --number are of the search for a fact; leave them out, or --story")
     return 0 if tell_story(args.heatmap, print) else 1
-  check_count("length", args.length, at_least=1)
-  return 0 if find_fact(
-      args.heatmap, print, length=args.length, number=args.number, progress=not args.quiet) else 1
+  given = {name: value for name in ("length", "number") if (value := getattr(args, name)) is not None}
+  if "length" in given:
+    check_count("length", given["length"], at_least=SHORTEST)
+  progress = not args.quiet and sys.stderr.isatty()
+  return 0 if find_fact(args.heatmap, print, progress=progress, **given) else 1
 
 
 if __name__ == "__main__":

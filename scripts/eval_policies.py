@@ -16,6 +16,7 @@ rate reached) and policies-kept.png (which heads kept how much).
 import argparse
 import concurrent.futures
 import dataclasses
+import math
 import os
 import pathlib
 import shutil
@@ -25,10 +26,11 @@ from collections.abc import Sequence
 
 import bench_common as common
 
-from kvc_jax.errors import InputError
+from kvc_jax.errors import InputError, check_count
 from kvc_jax.evaluation import plots, summary
 from kvc_jax.evaluation.haystack import SHIPPED_TEXT, read_text, split_sentences
-from kvc_jax.evaluation.recall import SampleBuilder
+from kvc_jax.evaluation.recall import SHORTEST, SampleBuilder, check_task_names
+from kvc_jax.evaluation.recall_episodes import TASKS
 from kvc_jax.tokenizer import Tokenizer
 
 FULL, PROFILE = "full-cache", "profile"
@@ -63,8 +65,8 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("model", nargs="?", default=str(_REPOSITORY / "assets" / "recall-7m"))
   parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("kvc-policies"), help="folder for answers")
-  parser.add_argument("--rate", nargs="+", default=["2", "4", "8", "16", "32"])
-  parser.add_argument("--length", default="4096", help="of prompt and answer, in tokens")
+  parser.add_argument("--rate", nargs="+", type=float, default=[2, 4, 8, 16, 32])
+  parser.add_argument("--length", type=int, default=4096, help="of prompt and answer, in tokens")
   parser.add_argument("--task", nargs="+", default=[], help="tasks to ask (default: all)")
   parser.add_argument("--count", type=int, default=25, help="questions of each task")
   parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES), metavar="NAME",
@@ -76,21 +78,41 @@ def main() -> int:
   parser.add_argument("--name", default="policies", help="of the files in FOLDER")
   parser.add_argument("--out", type=pathlib.Path, default=common.RESULTS, help="folder for the JSON and the PNGs")
   args = parser.parse_args()
-  args.work.mkdir(parents=True, exist_ok=True)
+  args.policy = list(dict.fromkeys(args.policy))
   try:
+    _check(args)
     if PROFILE in args.policy:
       _calibrate(args)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
       failed = [name for name, ok in zip(args.policy, pool.map(lambda name: _run(args, name), args.policy),
                                          strict=True) if not ok]
-    _report(args)
+    if failed:
+      print(f"{parser.prog}: without an end: {', '.join(failed)}; see {args.work}/NAME.log, and run again to go on",
+            file=sys.stderr)
+    ended = [name for name in args.policy if name not in failed]
+    if ended:
+      _report(args, ended)
   except InputError as e:
     print(f"{parser.prog}: error: {e}", file=sys.stderr)
     return 2
-  if failed:
-    print(f"{parser.prog}: without an end: {', '.join(failed)}; see {args.work}/NAME.log, and run again to go on",
-          file=sys.stderr)
   return 1 if failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+  """Raises InputError before anything runs, where something could not."""
+  Tokenizer.from_folder(args.model)
+  check_count("--jobs", args.jobs, at_least=1)
+  check_count("--count", args.count, at_least=1)
+  check_count("--length", args.length, at_least=SHORTEST)
+  check_task_names(args.task)
+  for rate in args.rate:
+    if not 1 < rate < math.inf:
+      raise InputError(f"--rate is {rate:g}; give rates above 1 (the policy {FULL} is rate 1)")
+  for folder in (args.work, args.out):
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      raise InputError(f"{folder}: {e.strerror}; give a folder") from None
 
 
 def _options(args: argparse.Namespace) -> list[str]:
@@ -106,7 +128,7 @@ def _calibrate(args: argparse.Namespace) -> None:
   builder = SampleBuilder(split_sentences(read_text(SHIPPED_TEXT)), Tokenizer.from_folder(args.model))
   files = []
   for number in range(CALIBRATION_PROMPTS):
-    sample = builder.sample(CALIBRATION_TASK, int(args.length), number, seed=CALIBRATION_SEED)
+    sample = builder.sample(CALIBRATION_TASK, args.length, number, seed=CALIBRATION_SEED)
     files.append(folder / f"{number}.txt")
     files[-1].write_text(str(sample.prompt), encoding="utf-8")
   prompts = [option for file in files for option in ("--file", str(file))]
@@ -117,13 +139,15 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _profile(args: argparse.Namespace) -> pathlib.Path:
-  return args.work / "head-profile.safetensors"
+  return args.work / f"head-profile-{pathlib.Path(args.model).resolve().name}-{args.length}-{args.dtype}.safetensors"
 
 
 def _run(args: argparse.Namespace, name: str) -> bool:
-  command = [*_KVC, "eval", "recall", args.model, *_options(args), "--length", args.length, "--count", str(args.count),
-             *(["--task", *args.task] if args.task else []), "--out", str(args.work / "runs"), "--quiet"]
-  command += ["--rate", "1"] if name == FULL else ["--rate", *args.rate, "--label", name, *POLICIES[name]]
+  tasks = ["--task", *args.task] if args.task else []
+  command = [*_KVC, "eval", "recall", args.model, *_options(args), "--length", str(args.length), *tasks,
+             "--count", str(args.count), "--out", str(args.work / "runs"), "--quiet"]
+  rates = [f"{rate:g}" for rate in args.rate]
+  command += ["--rate", "1"] if name == FULL else ["--rate", *rates, "--label", name, *POLICIES[name]]
   if name == PROFILE:
     command += ["--head-profile", str(_profile(args))]
   ok = _succeeds(command, args.work / f"{name}.log")
@@ -139,14 +163,20 @@ def _succeeds(command: Sequence[str], log: pathlib.Path) -> bool:
     return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode == 0
 
 
-def _report(args: argparse.Namespace) -> None:
-  results = summary.read_results(args.work / "runs")
+def _report(args: argparse.Namespace, names: Sequence[str]) -> None:
+  """Of these policies alone: the folder may have others' results."""
+  wanted = {summary.UNCOMPRESSED if name == FULL else name for name in names}
+  tasks = {f"recall-{task}" for task in args.task or TASKS}
+  results = [found for found in summary.read_results(args.work / "runs")
+             if found.series in wanted and found.task in tasks]
   rows = summary.summarize(results)
   whole = [row for row in rows if not row.group]
   common.write_results(
       args.name, [dataclasses.asdict(row) for row in whole], folder=str(args.out), model=pathlib.Path(args.model).name,
-      length=int(args.length), count=args.count, dtype=args.dtype,
-      options={name: " ".join(POLICIES[name]) for name in args.policy})
+      length=args.length, count=args.count, dtype=args.dtype,
+      options={name: " ".join(POLICIES[name]) for name in names},
+      calibration={"task": CALIBRATION_TASK, "prompts": CALIBRATION_PROMPTS, "rate": CALIBRATION_RATE,
+                   "question_seed": CALIBRATION_SEED, "length": args.length} if PROFILE in names else None)
   common.print_table(_pivot(whole))
   if plots.can_draw():
     plots.save_all(rows, results, args.work)

@@ -30,7 +30,7 @@ def test_every_policy_is_one_that_kvc_eval_takes(script, monkeypatch, tmp_path):
   commands = []
   monkeypatch.setattr(script, "_succeeds", lambda command, log: commands.append(command) or True)
   monkeypatch.setattr(script, "_calibrate", lambda args: None)
-  monkeypatch.setattr(script, "_report", lambda args: None)
+  monkeypatch.setattr(script, "_report", lambda args, names: None)
   monkeypatch.setattr(sys, "argv", ["eval_policies.py", "--work", str(tmp_path), "--rate", "4", "8", "--jobs", "1"])
   profile = pathlib.Path(__file__).parent / "goldens"  # exists; read by the engine alone
   monkeypatch.setattr(script, "_profile", lambda args: profile)
@@ -67,8 +67,24 @@ def test_table_has_a_line_for_each_policy_and_a_column_for_each_task(script):
 def test_a_policy_that_fails_is_named_and_the_others_go_on(script, monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(script, "_succeeds", lambda command, log: "tova" not in command)
   reported = []
-  monkeypatch.setattr(script, "_report", reported.append)
+  monkeypatch.setattr(script, "_report", lambda args, names: reported.extend(names))
   monkeypatch.setattr(sys, "argv", ["eval_policies.py", "--work", str(tmp_path), "--policy", "tova", "h2o"])
   assert script.main() == 1
-  assert len(reported) == 1
+  assert reported == ["h2o"]
   assert "without an end: tova;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["no-such-model"], "no-such-model"), (["--rate", "1", "4"], "give rates above 1"),
+    (["--jobs", "0"], "--jobs is 0"),
+    (["--length", "100"], "--length is 100"), (["--task", "none"], "no recall task 'none'"),
+    (["--work", __file__], "give a folder")])
+def test_bad_input_is_found_before_anything_runs(script, monkeypatch, tmp_path, capsys, options, words):
+  monkeypatch.setattr(script, "_succeeds", lambda command, log: pytest.fail("something ran"))
+  command = ["eval_policies.py", "--work", str(tmp_path / "work"), "--out", str(tmp_path), *options]
+  monkeypatch.setattr(sys, "argv", command)
+  assert script.main() == 2
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  assert words in printed.err
+  assert printed.err.count("\n") == 1

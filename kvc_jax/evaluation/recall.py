@@ -196,6 +196,6 @@ _BY_NUMBERS = frozenset({"single", "multi_key", "multi_value", "variables"})
 
 
 def _numbers(text: str) -> list[str]:
-  return re.findall(r"\d{4}", re.sub(r"(?<=\d)\s+(?=\d)", "", text))
+  return re.findall(r"(?<!\d)\d{4}(?!\d)", re.sub(r"(?<=\d)\s+(?=\d)", "", text))
 
 

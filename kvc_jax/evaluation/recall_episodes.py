@@ -1,7 +1,7 @@
 """What the recall tasks hide in a text and what they ask: the same for training and for evaluation.
 
 After RULER (Hsieh et al. 2024, arXiv 2404.06654): needles (one, several, several values of one key), variable
-tracking; and beside them passages to repeat and few-shot labels. Values have four digits. In two
+tracking; and beside them passages to repeat and few-shot labels. Values have four digits (3 to 6 in training). In two
 thirds of the samples a value stands right behind its key, in the others " is" or " =" is between; a
 question ends as the statement it asks for begins.
 

@@ -170,6 +170,8 @@ def test_a_text_is_tokenized_once_for_all_tasks(tmp_path):
     ("single", " It is 4839", "4839", 1.0),
     ("single", " 4838, no, 4839", "4839", 0.0),
     ("single", " 483", "4839", 0.0),
+    ("single", " 48391", "4839", 0.0),
+    ("single", " It is number 12: 4839", "4839", 1.0),
     ("multi_value", " one 1111, amber key two 2222", "1111 2222", 1.0),
     ("multi_value", " one 2222, amber key two 1111", "1111 2222", 0.0),
     ("multi_value", " one 1111", "1111 2222", 0.0),
