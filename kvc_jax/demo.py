@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from kvc_jax.engine.llm import LLM
 from kvc_jax.engine.request import RequestOutput, SamplingParams
 from kvc_jax.errors import InputError
-from kvc_jax.evaluation.haystack import SHIPPED_TEXT, read_text, split_sentences
+from kvc_jax.evaluation.haystack import held_out_sentences
 from kvc_jax.evaluation.recall import SampleBuilder, score
+from kvc_jax.evaluation.runner import greedy_params
 from kvc_jax.evaluation.task import Sample
 from kvc_jax.eviction.compression import Compression
 from kvc_jax.eviction.score_full import FullAttention
@@ -49,7 +50,7 @@ def find_fact(heatmap: pathlib.Path, say: Say, *, length: int = 4096, number: in
   llm = LLM(RECALL, dtype="float32", max_num_seqs=1, chunk_size=256)
   if length > llm.max_model_len:
     raise InputError(f"length is {length}; the model's context is {llm.max_model_len}, so give at most that")
-  builder = SampleBuilder(split_sentences(read_text(SHIPPED_TEXT)), llm.tokenizer)
+  builder = SampleBuilder(held_out_sentences(), llm.tokenizer)
   sample = builder.sample(_TASK, length, number, seed=_SEED)
   _introduce(sample, llm, say)
   outputs = {rate: _answer(llm, sample, rate, progress) for rate in FACT_RATES}
@@ -107,10 +108,9 @@ def _introduce(sample: Sample, llm: LLM, say: Say) -> None:
 
 
 def _answer(llm: LLM, sample: Sample, rate: int, progress: bool) -> RequestOutput:
-  params = SamplingParams(
-      temperature=0, max_tokens=sample.max_new_tokens, stop_token_ids=list(sample.stop_token_ids))
   compression = None if rate == 1 else Compression(rate=rate)
-  return llm.generate(str(sample.prompt), params, compression, return_positions=True, progress=progress)[0]
+  return llm.generate(
+      str(sample.prompt), greedy_params(sample), compression, return_positions=True, progress=progress)[0]
 
 
 def _story(llm: LLM, rate: int) -> RequestOutput:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvc_jax.errors import InputError
-from kvc_jax.evaluation.haystack import SHIPPED_TEXT, read_text, split_sentences
+from kvc_jax.evaluation.haystack import held_out_sentences
 from kvc_jax.evaluation.recall import SampleBuilder, score
 from kvc_jax.evaluation.recall_episodes import TASKS
 from kvc_jax.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ def main() -> int:
 def compare(model: str, length: int, count: int, seed: int) -> dict[str, Any]:
   """Answers of both sides to `count` samples of each task."""
   tokenizer = Tokenizer.from_folder(model)
-  builder = SampleBuilder(split_sentences(read_text(SHIPPED_TEXT)), tokenizer)
+  builder = SampleBuilder(held_out_sentences(), tokenizer)
   samples = [(task, builder.sample(task, length, number, seed=seed)) for task in TASKS for number in range(count)]
   prompts = [tokenizer.encode(sample.prompt) for _, sample in samples]
   limits = [sample.max_new_tokens for _, sample in samples]

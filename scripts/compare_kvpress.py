@@ -36,7 +36,7 @@ from kvc_jax import Compression, SamplingParams
 from kvc_jax.engine.engine import Engine
 from kvc_jax.engine.request import RequestOutput
 from kvc_jax.errors import InputError, check_count
-from kvc_jax.evaluation.haystack import SHIPPED_TEXT, read_text, split_sentences
+from kvc_jax.evaluation.haystack import held_out_sentences
 from kvc_jax.evaluation.recall import recall_tasks
 from kvc_jax.evaluation.recall_episodes import TASKS
 from kvc_jax.evaluation.records import RecordFile, open_records
@@ -430,7 +430,7 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
   if recall := [name for name in names if name != TextTask.name]:
     tasks += recall_tasks(recall, lengths=args.length, count=args.count, seed=args.question_seed)
   if TextTask.name in names:
-    tasks.append(TextTask(split_sentences(read_text(SHIPPED_TEXT)), lengths=args.length, count=args.count,
+    tasks.append(TextTask(held_out_sentences(), lengths=args.length, count=args.count,
                           seed=args.question_seed))
   return tasks
 

@@ -28,7 +28,7 @@ import bench_common as common
 
 from kvc_jax.errors import InputError, check_count
 from kvc_jax.evaluation import plots, summary
-from kvc_jax.evaluation.haystack import SHIPPED_TEXT, read_text, split_sentences
+from kvc_jax.evaluation.haystack import held_out_sentences
 from kvc_jax.evaluation.recall import SHORTEST, SampleBuilder, check_task_names
 from kvc_jax.evaluation.recall_episodes import TASKS
 from kvc_jax.tokenizer import Tokenizer
@@ -125,7 +125,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     return
   folder = args.work / "calibration"
   folder.mkdir(exist_ok=True)
-  builder = SampleBuilder(split_sentences(read_text(SHIPPED_TEXT)), Tokenizer.from_folder(args.model))
+  builder = SampleBuilder(held_out_sentences(), Tokenizer.from_folder(args.model))
   files = []
   for number in range(CALIBRATION_PROMPTS):
     sample = builder.sample(CALIBRATION_TASK, args.length, number, seed=CALIBRATION_SEED)

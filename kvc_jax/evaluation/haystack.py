@@ -51,6 +51,11 @@ def read_text(path: str | pathlib.Path) -> str:
     raise InputError(f"{path} cannot be read as text ({e}); give a UTF-8 file, gzipped if it ends in .gz") from None
 
 
+def held_out_sentences() -> list[str]:
+  """Those of the text that comes with the project."""
+  return split_sentences(read_text(SHIPPED_TEXT))
+
+
 class Window:
   """Consecutive sentences `first` to `last` - 1, of which the first `cut` tokens are too many."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvc_jax.errors import InputError, check_count
-from kvc_jax.evaluation.haystack import SHIPPED_TEXT, SentenceLengths, is_plain, read_text, split_sentences
+from kvc_jax.evaluation.haystack import SentenceLengths, held_out_sentences, is_plain, read_text, split_sentences
 from kvc_jax.evaluation.recall_episodes import TASKS, WORDING, Draw, Parts, lay_out
 from kvc_jax.evaluation.task import Sample
 from kvc_jax.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def recall_tasks(
     InputError: a name is unknown, the text cannot be read, or a number is out of range.
   """
   check_task_names(names)
-  sentences = split_sentences(read_text(SHIPPED_TEXT if text is None else text))
+  sentences = held_out_sentences() if text is None else split_sentences(read_text(text))
   builders = Builders(sentences)
   return [
       RecallTask(name, sentences, lengths=lengths, count=count, seed=seed, builders=builders)

@@ -126,11 +126,14 @@ def _answers(
         seconds = 0.0
 
 
+def greedy_params(sample: Sample) -> SamplingParams:
+  """How samples are answered."""
+  return SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens, stop_token_ids=sample.stop_token_ids)
+
+
 def _ask(engine: Engine, sample: Sample, compression: Compression | None) -> int:
-  params = SamplingParams(
-      temperature=0.0, max_tokens=sample.max_new_tokens, stop_token_ids=sample.stop_token_ids)
   try:
-    return engine.add(sample.prompt, params, compression)
+    return engine.add(sample.prompt, greedy_params(sample), compression)
   except InputError as e:
     raise InputError(f"sample {sample.id}: {e}") from None
 

@@ -18,8 +18,9 @@ from kvc_jax import LLM, Compression, FullAttention, RandomScore, SamplingParams
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.sequence import Sequence
-from kvc_jax.evaluation.haystack import SHIPPED_TEXT, read_text, split_sentences
+from kvc_jax.evaluation.haystack import held_out_sentences
 from kvc_jax.evaluation.recall import SampleBuilder, score
+from kvc_jax.evaluation.runner import greedy_params
 from kvc_jax.kernels import backends
 
 ASSETS = pathlib.Path(__file__).parents[2] / "assets"
@@ -81,11 +82,9 @@ def _answers(rate):
   """Token ids of answers about texts of 1,024 tokens, and whether each is right."""
   llm = LLM(RECALL, dtype="float32", max_num_seqs=2, num_blocks=4096, chunk_size=256)
   assert _takes_kernels(llm) == (backends.device_capability() is not None)
-  builder = SampleBuilder(split_sentences(read_text(SHIPPED_TEXT)), llm.tokenizer)
+  builder = SampleBuilder(held_out_sentences(), llm.tokenizer)
   samples = [builder.sample("multi_key", 1024, number, seed=0) for number in range(4)]
-  params = SamplingParams(
-      temperature=0, max_tokens=samples[0].max_new_tokens, stop_token_ids=list(samples[0].stop_token_ids))
-  outputs = llm.generate([sample.prompt for sample in samples], params, Compression(rate=rate))
+  outputs = llm.generate([s.prompt for s in samples], [greedy_params(s) for s in samples], Compression(rate=rate))
   right = [score("multi_key", o.text, s.references[0]) for o, s in zip(outputs, samples, strict=True)]
   return [output.token_ids for output in outputs], right
 

@@ -7,7 +7,7 @@ import pytest
 
 from kvc_jax.errors import InputError
 from kvc_jax.evaluation import recall_words
-from kvc_jax.evaluation.haystack import SHIPPED_TEXT, SentenceLengths, is_plain, read_text, split_sentences
+from kvc_jax.evaluation.haystack import SentenceLengths, held_out_sentences, is_plain, split_sentences
 from kvc_jax.evaluation.recall import RecallTask, SampleBuilder, recall_tasks, score
 from kvc_jax.evaluation.recall_episodes import TASKS, Draw, labels
 from kvc_jax.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ class Words:
 
 @pytest.fixture(scope="module")
 def sentences():
-  return split_sentences(read_text(SHIPPED_TEXT))
+  return held_out_sentences()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Vocabulary
 from kvc_jax.checkpoint.store import load_model
 from kvc_jax.config import LlamaConfig, RopeConfig
 from kvc_jax.errors import InputError
-from kvc_jax.evaluation.haystack import SHIPPED_TEXT, read_text, split_sentences
+from kvc_jax.evaluation.haystack import SHIPPED_TEXT, held_out_sentences, read_text
 from kvc_jax.evaluation.recall_episodes import TASKS, Draw
 from kvc_jax.model.llama import Llama
 from kvc_jax.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def composer(prepared):
 
 
 def test_split_is_disjoint_even_where_the_texts_overlap(prepared):
-  sentences = split_sentences(read_text(SHIPPED_TEXT))
+  sentences = held_out_sentences()
   assert not set(without_held_out(sentences, sentences[100:])) & set(sentences[100:])
   vocabulary = Vocabulary.from_file(str(prepared / "tokenizer.json"))
   train_text, held_out = (
