@@ -20,8 +20,13 @@ def compact_kv(
   block_size = kv.shape[2]
   sources, targets, count = _plan(evicted, tables, lengths, kept, block_size)
   spare = -sources.shape[0] % MOVES_PER_STEP
-  # Padding moves slot 0 onto itself: the null block's contents mean nothing.
   sources, targets = jnp.pad(sources, (0, spare)), jnp.pad(targets, (0, spare))
+  # Behind the last move, targets are behind the pool and dropped, each at a place of its own (see `kv_write`).
+  move = jnp.arange(targets.size, dtype=jnp.int32)
+  targets = jnp.where(move < count, targets, scores.size + move)
+
+  def put(places, rows):
+    return places.set(rows, mode="drop", unique_indices=True)
 
   def body(step, pools):
     kv, scores, positions = pools
@@ -30,9 +35,9 @@ def compact_kv(
     from_block, from_offset = source // block_size, source % block_size
     to_block, to_offset = target // block_size, target % block_size
     return (
-        kv.at[to_block, :, to_offset].set(kv[from_block, :, from_offset]),
-        scores.at[to_block, to_offset].set(scores[from_block, from_offset]),
-        positions.at[to_block, to_offset].set(positions[from_block, from_offset]),
+        put(kv.at[to_block, :, to_offset], kv[from_block, :, from_offset]),
+        put(scores.at[to_block, to_offset], scores[from_block, from_offset]),
+        put(positions.at[to_block, to_offset], positions[from_block, from_offset]),
     )
 
   steps = lax.div(count + (MOVES_PER_STEP - 1), jnp.int32(MOVES_PER_STEP))

@@ -15,13 +15,14 @@ def kv_write(
 ) -> jax.Array:
   """Sets kv[blocks[t, h], :, offsets[t, h]] to (k[t, h], v[t, h]).
 
-  Targets are distinct, but for those in block 0, whose contents mean nothing.
+  Targets are distinct, those that are dropped as well: where several rows of 16 bits went to one place, a GPU would
+  write them in turn, with an atomic operation each.
 
   Args:
     kv: [N, 2, P, D] the pool.
     k: [T, H, D]; cast to the pool's dtype.
     v: [T, H, D].
-    blocks: i32 [T, H] block ids.
+    blocks: i32 [T, H] block ids; N and above drop the row.
     offsets: i32 [T, H] KV slot within the block.
 
   Returns:

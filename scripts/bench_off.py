@@ -158,7 +158,8 @@ def _prefill(
   prefix = jnp.broadcast_to(state.num_tokens[slot] - count, heads.shape)
 
   def attend(layer, q, k, v, kv):
-    block = jnp.where(row < count, state.tables[layer, slot, 0, positions // state.block_size], 0)
+    block = state.tables[layer, slot, 0, positions // state.block_size]
+    block = jnp.where(row < count, block, kv.shape[0] // len(heads) + row)  # dropped; see `kv_write`
     kv = kv_write(kv, k, v, block[:, None] * len(heads) + heads, offsets)
     out, _ = paged_prefill(
         q, k, v, kv, tables, prefix, layer, jnp.int32(0), count, scale=llama.config.head_dim**-0.5)
@@ -188,7 +189,8 @@ def _decode_loop(
     offsets = jnp.broadcast_to((last % state.block_size)[:, None], (len(slots), len(heads)))
 
     def attend(layer, q, k, v, kv):
-      block = jnp.where(ok, state.tables[layer, slots, 0, last // state.block_size], 0)
+      block = state.tables[layer, slots, 0, last // state.block_size]
+      block = jnp.where(ok, block, kv.shape[0] // len(heads) + slots)
       kv = kv_write(kv, k, v, block[:, None] * len(heads) + heads, offsets)
       out, *_ = paged_decode(q, kv, tables, lengths_of_heads, layer, scale=llama.config.head_dim**-0.5)
       return out, kv

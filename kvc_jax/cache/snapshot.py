@@ -215,13 +215,19 @@ def write_piece(
 
   What a piece has behind the last KV is dropped.
   """
-  blocks, offsets = _places(state, slot, start, piece.kv.shape[0])
-  blocks = jnp.where(ok, blocks, NULL_BLOCK)
+  size = piece.kv.shape[0]
+  blocks, offsets = _places(state, slot, start, size)
+  # As in `kv_write`: each goes to a place of its own, dropped ones as well.
+  blocks = jnp.where(ok & (blocks != NULL_BLOCK), blocks, state.num_blocks + jnp.arange(size, dtype=jnp.int32))
+
+  def put(places: Any, rows: jax.Array) -> jax.Array:
+    return places.set(rows, mode="drop", unique_indices=True)
+
   return dataclasses.replace(
       state,
-      kv=state.kv.at[blocks, :, offsets].set(piece.kv),
-      scores=state.scores.at[blocks, offsets].set(piece.scores),
-      positions=state.positions.at[blocks, offsets].set(piece.positions),
+      kv=put(state.kv.at[blocks, :, offsets], piece.kv),
+      scores=put(state.scores.at[blocks, offsets], piece.scores),
+      positions=put(state.positions.at[blocks, offsets], piece.positions),
   )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvc_jax.cache.state import NULL_BLOCK, CacheState
+from kvc_jax.cache.state import CacheState
 from kvc_jax.kernels.kv_write import kv_write
 
 
@@ -33,7 +33,7 @@ def write(
     positions: i32 [T] position of each token in its sequence.
     k: keys after RoPE [T, H, D]; cast to the pool's dtype.
     v: values [T, H, D].
-    valid: [T]; tokens that are not are written to the null block.
+    valid: [T]; tokens that are not are dropped.
   """
   slots = jnp.where(valid, slots, 0)
   behind = state.num_tokens[slots] - positions  # 1 for the newest token
@@ -41,6 +41,7 @@ def write(
   index = jnp.where(valid[:, None], index, 0)
   head = jnp.arange(state.num_kv_heads)
   blocks = state.tables[layer, slots[:, None], head, lax.div(index, jnp.int32(state.block_size))]
-  blocks = jnp.where(valid[:, None], blocks, NULL_BLOCK)
+  entry = jnp.arange(blocks.size, dtype=jnp.int32).reshape(blocks.shape)
+  blocks = jnp.where(valid[:, None], blocks, state.num_blocks + entry)  # dropped; see `kv_write` on why not all at one
   offsets = lax.rem(index, jnp.int32(state.block_size))
   return dataclasses.replace(state, kv=kv_write(state.kv, k, v, blocks, offsets))
