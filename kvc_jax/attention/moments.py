@@ -30,7 +30,7 @@ class Moments:
   frequencies: jax.Array
 
 
-def init_moments(num_layers: int, num_heads: int, head_dim: int, frequencies: np.ndarray) -> Moments:
+def init_moments(num_layers: int, num_heads: int, head_dim: int, frequencies: np.ndarray | jax.Array) -> Moments:
   """Moments of no queries; for the arguments see `init_observation`."""
   shape = (num_layers, num_heads, head_dim)
   return Moments(

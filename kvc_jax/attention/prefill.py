@@ -1,6 +1,7 @@
 """Prefill: attention of one sequence's prompt, chunk by chunk, and its scores."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class Observation:
 
 def init_observation(
     rule: ScoringRule | None, num_layers: int, num_heads: int, head_dim: int, dtype: DTypeLike,
-    frequencies: np.ndarray | None = None,
+    frequencies: np.ndarray | jax.Array | None = None,
 ) -> Observation:
   """An observation of nothing yet; W = 0 where `rule` needs no queries kept.
 
@@ -145,15 +146,25 @@ def score_observed(
   # Rows that a shorter prompt did not fill have positions below 0 and count for no key.
   query_positions = state.num_tokens[slot] - width + jnp.arange(width, dtype=jnp.int32)
 
-  def body(layer, state):
-    sums = column_scores(
-        observation.queries[layer], observation.log_sums[layer], query_positions,
-        state.kv, state.positions, state.tables, state.lengths, layer, slot,
-        scale=scale, power=rule.power, buffer=rule.buffer)
-    pooled = _pool_neighbours(state, layer, slot, sums, query_positions[0], rule)
-    return _put_scores(state, layer, slot, jnp.sum(pooled, axis=1), add=False)
+  def scored(scores: jax.Array, in_order: bool) -> jax.Array:
+    def body(layer, scores):
+      sums = column_scores(
+          observation.queries[layer], observation.log_sums[layer], query_positions,
+          state.kv, state.positions, state.tables, state.lengths, layer, slot,
+          scale=scale, power=rule.power, buffer=rule.buffer)
+      pooled = _pool_neighbours(state, layer, slot, sums, query_positions[0], rule, in_order)
+      before = dataclasses.replace(state, scores=scores)
+      return _put_scores(before, layer, slot, jnp.sum(pooled, axis=1), add=False).scores
 
-  return lax.fori_loop(0, state.num_layers, body, state)
+    return lax.fori_loop(0, state.num_layers, body, scores)
+
+  if pooling_of(rule)[0] == 1:
+    return dataclasses.replace(state, scores=scored(state.scores, in_order=True))
+  # Asked once for all layers: each answer is one that the host waits for.
+  never_evicted = jnp.all(state.lengths[:, slot] == state.num_tokens[slot])
+  scores = lax.cond(
+      never_evicted, functools.partial(scored, in_order=True), functools.partial(scored, in_order=False), state.scores)
+  return dataclasses.replace(state, scores=scores)
 
 
 def _score_by_moments(state: CacheState, moments: Moments, slot, scale: float, rule: MomentsRule) -> CacheState:
@@ -178,9 +189,12 @@ def _observe(observation: Observation, layer, q, log_sums, count) -> Observation
 
 
 def _pool_neighbours(
-    state: CacheState, layer, slot, sums: jax.Array, first_query: jax.Array, rule: ScoringRule
+    state: CacheState, layer, slot, sums: jax.Array, first_query: jax.Array, rule: ScoringRule, in_order: bool
 ) -> jax.Array:
-  """Pools sums [H, G, M*P]; neighbours are those by position, wherever evictions have moved them."""
+  """Pools sums [H, G, M*P]; neighbours are those by position, wherever evictions have moved them.
+
+  With `in_order` (static) the lists are known to be in the order of positions.
+  """
   width, kind, pools_observed = pooling_of(rule)
   if width == 1:
     return sums
@@ -191,14 +205,15 @@ def _pool_neighbours(
     return found.reshape(found.shape[0], -1)
 
   def all_pooled(sums: jax.Array) -> jax.Array:
-    def by_position() -> jax.Array:
-      held = jnp.arange(sums.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
-      order = jnp.argsort(jnp.where(held, positions(), jnp.iinfo(jnp.int32).max), axis=-1)[:, None]
-      pooled = pool(jnp.take_along_axis(sums, order, axis=-1), width)
-      return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
-
-    in_order = jnp.all(state.lengths[layer, slot] == state.num_tokens[slot])  # nothing was ever evicted
-    return lax.cond(in_order, lambda: pool(sums, width), by_position)
+    if in_order:
+      return pool(sums, width)
+    index = jnp.arange(sums.shape[-1], dtype=jnp.int32)
+    held = index < state.lengths[layer, slot][:, None]
+    order = jnp.argsort(jnp.where(held, positions(), jnp.iinfo(jnp.int32).max), axis=-1)
+    head = jnp.arange(order.shape[0], dtype=jnp.int32)[:, None]
+    rank = jnp.zeros_like(order).at[head, order].set(jnp.broadcast_to(index, order.shape), unique_indices=True)
+    pooled = pool(jnp.take_along_axis(sums, order[:, None], axis=-1), width)
+    return jnp.take_along_axis(pooled, rank[:, None], axis=-1)
 
   if pools_observed:
     return all_pooled(sums)

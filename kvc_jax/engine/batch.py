@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from kvc_jax.attention.prefill import init_observation
 from kvc_jax.cache.share import Held
 from kvc_jax.cache.snapshot import PIECE_KVS, SequenceSnapshot, export_sequence, import_sequence
 from kvc_jax.cache.state import CacheConfig, init_cache
@@ -96,8 +95,8 @@ class Batch:
     rule = prefill_rule(sequence.compression)
     if sequence.observation is None:
       shape = self.model.config
-      sequence.observation = init_observation(
-          rule, shape.num_layers, shape.num_heads, shape.head_dim, self.config.query_dtype,
+      sequence.observation = steps.new_observation(
+          rule, shape.num_layers, shape.num_heads, shape.head_dim, np.dtype(self.config.query_dtype),
           inverse_frequencies(shape.rope, shape.head_dim))
     tokens = np.zeros(self.chunk_size, np.int32)
     tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kvc_jax.attention.decode import decode_attention
-from kvc_jax.attention.prefill import Observation, prefill_attention, score_observed
+from kvc_jax.attention.prefill import Observation, init_observation, prefill_attention, score_observed
 from kvc_jax.cache import alloc, share
 from kvc_jax.cache.state import CacheState
 from kvc_jax.eviction.score import ScoringRule
@@ -36,6 +37,14 @@ DECODE_OPTIONS = {
 
 def _whole(model: Llama | FlatModel) -> Llama:
   return model.model() if isinstance(model, FlatModel) else model
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "num_layers", "num_heads", "head_dim", "dtype"))
+def new_observation(
+    rule: ScoringRule | None, num_layers: int, num_heads: int, head_dim: int, dtype: np.dtype, frequencies: jax.Array
+) -> Observation:
+  """`kvc_jax.attention.prefill.init_observation` as one program: its arrays one by one take the host a millisecond."""
+  return init_observation(rule, num_layers, num_heads, head_dim, dtype, frequencies)
 
 
 @functools.partial(jax.jit, static_argnames="rule", donate_argnames=("state", "observation"))
