@@ -88,7 +88,7 @@ def _measure(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     common.write_results(
         args.name, rows, folder=args.out, read_bandwidth=bandwidth, matmul_flops_per_second=matmul,
         prompts=args.prompts, output=args.output, pool_gib=args.pool_gib, layers=config.num_layers,
-        max_seconds=args.max_seconds)
+        max_seconds=args.max_seconds, chunk_size=args.chunk_size, steps_per_sync=args.steps_per_sync)
 
   todo = [(length, rate, None) for length in args.input for rate in args.rate]
   todo += [(length, rate, args.arrivals) for length in args.input for rate in args.arrivals_rate if args.arrivals]
@@ -112,7 +112,7 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--max-seconds", type=float, default=math.inf, help="of a point, until no prompt joins any more")
   parser.add_argument("--chunk-size", type=int, default=2048)
   parser.add_argument("--chunks-per-step", type=int, default=1)
-  parser.add_argument("--steps-per-sync", type=int, default=16)
+  parser.add_argument("--steps-per-sync", type=int, default=32)
   parser.add_argument("--arrivals", type=float, help="requests per second of further points, for their latencies")
   parser.add_argument("--arrivals-rate", nargs="+", type=_rate, default=[None, 8], help="rates of those points")
   parser.add_argument("--layers", type=int, help="instead of the model's 32")
