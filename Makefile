@@ -8,8 +8,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/kvc demo
 
+# Two runs, for part of what makes compiling cheap holds for a whole process (tests/conftest.py).
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not optimized"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m optimized \
+	  $$(grep -rl --include='test_*.py' 'mark\.optimized' tests)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@ and compiling is cheap.
 Most of the tests' time is XLA's. What one test, worker or child process compiled, the others read from a cache
 that lasts for the run; with JAX_COMPILATION_CACHE_DIR set, it stays. And XLA leaves out the costly part of
 optimising, which changes no more than rounding: a module whose tests compare programs bit for bit says
-`pytestmark = pytest.mark.optimized` and gets what users get.
+`pytestmark = pytest.mark.optimized` and gets what users get. With `-m "not optimized"` XLA leaves out more, which
+can be chosen only for a process as a whole: `make test` runs the optimized modules by themselves.
 """
 
 import gc
@@ -24,11 +25,17 @@ collect_ignore = [] if importlib.util.find_spec("uvicorn") else ["serving"]
 
 CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
 
+CHEAP = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
+"""Halves the time that a step of a model takes to compile: those emitters go through MLIR."""
+
 
 def pytest_configure(config):
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else given, or by the process that started this worker
     config.own_cache = tempfile.mkdtemp(prefix="kvc-jax-compiled-")
     os.environ |= CACHE | {"JAX_COMPILATION_CACHE_DIR": config.own_cache}
+  flags = os.environ.get("XLA_FLAGS", "")
+  if config.option.markexpr == "not optimized" and CHEAP not in flags:  # read once, when an import makes an array
+    os.environ["XLA_FLAGS"] = f"{flags} {CHEAP}".strip()
   jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
