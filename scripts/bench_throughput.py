@@ -406,7 +406,8 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     (line,) = axes.plot(labels, [row["tokens_per_second"] for row in ours], marker="o", label=f"{length} tokens in")
     for row in rows:
       if row["input"] == length and row["engine"] != "kvc_jax" and "tokens_per_second" in row:
-        axes.axhline(row["tokens_per_second"], linestyle="--", color=line.get_color())
+        axes.axhline(
+            row["tokens_per_second"], linestyle="--", color=line.get_color(), label=f"{row['engine']}, {length} in")
   axes.set_xlabel("compression rate")
   axes.set_ylabel("tokens per second, in and out")
   axes.set_ylim(bottom=0)
