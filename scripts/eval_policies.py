@@ -10,7 +10,7 @@ prompts of the task `multi_key` at 8x, with other questions. Blocks of 16 and a 
 setting that a policy's paper leaves open is this project's default (docs/policies.md).
 
 FOLDER gets policies.json (a row for each policy, rate and task, with bytes held), policies.png (score over the
-rate reached) and policies-kept.png (which heads kept how much).
+rate reached) and policies-kept.png (which heads kept how much at the middle rate).
 """
 
 import argparse
@@ -19,7 +19,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,11 +39,16 @@ POLICIES: dict[str, list[str]] = {
     "kv-compress-pool13": ["--pooling", "13"],
     "kv-compress-full": ["--scoring", "full"],
     "kv-compress-layer": ["--allocation", "layer"],
+    "kv-compress-layer-pool13": ["--allocation", "layer", "--pooling", "13"],
     "kv-compress-head": ["--allocation", "head"],
     "snapkv": ["--scoring", "snapkv", "--allocation", "head"],
+    "snapkv-pool13": ["--scoring", "snapkv", "--allocation", "head", "--pooling", "13"],
     "ada-kv": ["--scoring", "snapkv", "--allocation", "layer", "--safeguard", "0.2"],
+    "ada-kv-pool13": ["--scoring", "snapkv", "--allocation", "layer", "--safeguard", "0.2", "--pooling", "13"],
     "pyramid-kv": ["--scoring", "snapkv", "--allocation", "pyramid"],
+    "pyramid-kv-pool13": ["--scoring", "snapkv", "--allocation", "pyramid", "--pooling", "13"],
     "critical-kv": ["--scoring", "critical", "--allocation", "layer", "--safeguard", "0.2"],
+    "critical-kv-pool13": ["--scoring", "critical", "--allocation", "layer", "--safeguard", "0.2", "--pooling", "13"],
     "expected": ["--scoring", "expected", "--allocation", "layer", "--safeguard", "0.2"],
     "h2o": ["--scoring", "h2o", "--allocation", "head"],
     "tova": ["--scoring", "tova", "--allocation", "head"],
@@ -179,10 +183,10 @@ def _report(args: argparse.Namespace, names: Sequence[str]) -> None:
                    "question_seed": CALIBRATION_SEED, "length": args.length} if PROFILE in names else None)
   common.print_table(_pivot(whole))
   if plots.can_draw():
-    plots.save_all(rows, results, args.work)
-    for source, target in (("quality.png", f"{args.name}.png"), ("kept.png", f"{args.name}-kept.png")):
-      if (args.work / source).exists():
-        shutil.copyfile(args.work / source, args.out / target)
+    plots.save_quality(rows, args.out / f"{args.name}.png")
+    middle = f"-{sorted(args.rate)[len(args.rate) // 2]:g}x"
+    plots.save_kept([found for found in results if found.policy.endswith(middle)], args.out / f"{args.name}-kept.png",
+                    most=len(names))
 
 
 def _pivot(rows: Sequence[summary.Row]) -> list[dict[str, object]]:

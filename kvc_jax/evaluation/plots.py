@@ -9,7 +9,8 @@ import numpy as np
 
 from kvc_jax.evaluation.summary import AVERAGE, UNCOMPRESSED, Results, Row
 
-_MOST_MAPS = 12
+_STYLES = (("o", "-"), ("s", "--"), ("^", ":"))
+"""Marker and line of the first ten series, the next ten, and so on: colours come again."""
 
 
 def can_draw() -> bool:
@@ -50,7 +51,9 @@ def save_quality(rows: Sequence[Row], path: pathlib.Path) -> None:
     for number, name in enumerate(series):
       points = sorted((row.rate_reached, _quality(row)) for row in of_task if row.series == name)
       if points:
-        (handles[name],) = axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=f"C{number % 10}")
+        marker, dashes = _STYLES[number // 10 % len(_STYLES)]
+        (handles[name],) = axis.plot(
+            *zip(*points, strict=True), marker=marker, linestyle=dashes, markersize=4, color=f"C{number % 10}")
     _even_ticks(axis, [row.rate_reached for row in of_task])
     if of_task[0].perplexity is None:
       axis.set_ylim(0, max(*(1.1 * _quality(row) for row in of_task), 1.0))
@@ -85,12 +88,12 @@ def kept_shares(results: Sequence[Results]) -> np.ndarray:
   return kept / sum(record["prompt_tokens"] + record["output_tokens"] for record in records)
 
 
-def save_kept(results: Sequence[Results], path: pathlib.Path) -> list[pathlib.Path]:
-  """Writes a PNG: for each policy the share of KVs that each layer's heads held, over all tasks; at most 12."""
+def save_kept(results: Sequence[Results], path: pathlib.Path, most: int = 12) -> list[pathlib.Path]:
+  """Writes a PNG: for each policy the share of KVs that each layer's heads held, over all tasks; the first `most`."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  policies = [name for name in dict.fromkeys(found.policy for found in results) if name != UNCOMPRESSED][:_MOST_MAPS]
+  policies = [name for name in dict.fromkeys(found.policy for found in results) if name != UNCOMPRESSED][:most]
   if not policies:
     return []
   columns = min(4, len(policies))

@@ -18,7 +18,7 @@ from kvc_jax.evaluation.haystack import SentenceLengths, Window
 
 Parts = tuple[str | int, ...]
 
-WORDING = 2
+WORDING = 3
 """Goes up when questions of the same seed change; results of another are not gone on with."""
 
 
@@ -107,22 +107,22 @@ def needles(draw: Draw, count: int) -> Episode:
 def value_lists(draw: Draw, count: int, values: int = len(words.ORDINALS)) -> Episode:
   """`count` keys with several numbered values each, in statements of their own; all of a key's are asked for.
 
-  The question says how many: without that, whether another follows is a search of its own at each value's end.
+  The question says how many: without that, whether another follows is a search of its own at each value's end. And it
+  ends as all of the statements do before their values, so that it points to each of these.
   """
   statements, questions = [], []
   for _ in range(count):
     key, answer, lookups = draw.key(), (), set()  # type: tuple[Parts, Parts, set[int]]
     for ordinal in words.ORDINALS[:values]:
-      told = (*key, f" {ordinal}", *draw.connector)
+      told = (f" {ordinal}", *key, *draw.connector)
       value = draw.value()
       statements.append((draw.opening, f" {draw.subject} of", *told, *value, "."))
-      if answer:
-        answer += (",", *key)
-      answer += (f" {ordinal}", *draw.connector)
+      answer += (",", *told) if answer else told
       lookups.add(len(answer))
       answer += value
     questions.append(Question(
-        ask=("\nList: all", f" {words.ORDINALS[values - 1]}", " of", *key), answer=answer, lookups=frozenset(lookups)))
+        ask=("\nList: all", f" {words.ORDINALS[values - 1]}", " of", *key, *draw.connector), answer=answer,
+        lookups=frozenset(lookups)))
   return Episode(statements=tuple(statements), questions=tuple(questions))
 
 
@@ -157,15 +157,20 @@ def passages(draw: Draw, count: int) -> Episode:
 
 
 def labels(draw: Draw, categories: int, examples: int = 4, asked: int = 1) -> Episode:
-  """Words of `categories` kinds, each kind with a label of this sample's own; `asked` new words are to be labelled."""
+  """Words of `categories` kinds, each kind with a label of this sample's own; `asked` new words are to be labelled.
+
+  A label has two words: where the whole prompt is prefilled before it is compressed, an answer's first token comes from
+  the full cache and tells nothing about what was kept.
+  """
   statements, questions = [], []
-  chosen = draw.rng.sample(words.CATEGORIES, categories)
-  for category, label in zip(chosen, draw.rng.sample(words.LABELS, categories), strict=True):
+  chosen, named = draw.rng.sample(words.CATEGORIES, categories), draw.rng.sample(words.LABELS, 2 * categories)
+  for category, *label in zip(chosen, named[::2], named[1::2], strict=True):
+    parts = tuple(f" {word}" for word in label)
     chosen_words = draw.rng.sample(category, examples + asked)
     for word in chosen_words[:examples]:
-      statements.append((" Sort", f" {word}", *draw.connector, f" {label}", "."))
+      statements.append((" Sort", f" {word}", *draw.connector, *parts, "."))
     for word in chosen_words[examples:]:
-      questions.append(Question(ask=("\nSort", f" {word}", *draw.connector), answer=(f" {label}",)))
+      questions.append(Question(ask=("\nSort", f" {word}", *draw.connector), answer=parts))
   return Episode(statements=tuple(statements), questions=tuple(questions))
 
 
