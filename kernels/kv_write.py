@@ -15,8 +15,8 @@ def kv_write(
 ) -> jax.Array:
   """Sets kv[blocks[t, h], :, offsets[t, h]] to (k[t, h], v[t, h]).
 
-  Targets are distinct, those that are dropped as well: where several rows of 16 bits went to one place, a GPU would
-  write them in turn, with an atomic operation each.
+  Targets must be distinct, those that are dropped as well: a GPU would write rows of 16 bits
+  that may meet in one place with an atomic operation each, in turn.
 
   Args:
     kv: [N, 2, P, D] the pool.

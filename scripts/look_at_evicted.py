@@ -81,8 +81,10 @@ def _place(tokenizer: Tokenizer, sample: Sample) -> int:
   prompt = tokenizer.encode(str(sample.prompt))
   answer = tokenizer.encode(" " + sample.references[0], add_special_tokens=False)
   found = [at for at in range(len(prompt)) if prompt[at : at + len(answer)] == answer]
-  if len(found) != 1:
-    raise InputError(f"a value stands {len(found)} times in its prompt; take a model whose tokenizer has single digits")
+  if not found:
+    raise InputError("a value's tokens are not in its prompt; take a model whose tokenizer has single digits")
+  if len(found) > 1:
+    raise InputError("a value stands more than once in its prompt; give another --length or fewer questions")
   return found[0]
 
 

@@ -163,12 +163,13 @@ def _copy_out(state: CacheState, tables: Array, copied: Array, most: int) -> tup
   size = -(-most // piece) * piece
   place = jnp.where(flat, rank, size)
   sources = jnp.full(size, NULL_BLOCK, jnp.int32).at[place].set(tables.reshape(-1), mode="drop")
-  targets = jnp.full(size, state.num_blocks, jnp.int32).at[place].set(fresh, mode="drop")
+  spare = state.num_blocks + jnp.arange(size, dtype=jnp.int32)  # dropped; see `kv_write` on why not all at one place
+  targets = spare.at[place].set(fresh, mode="drop")
 
   def copy(i: Array, pools: tuple[Array, ...]) -> tuple[Array, ...]:
     source = lax.dynamic_slice_in_dim(sources, i * piece, piece)
     target = lax.dynamic_slice_in_dim(targets, i * piece, piece)
-    return tuple(pool.at[target].set(pool[source], mode="drop") for pool in pools)
+    return tuple(pool.at[target].set(pool[source], mode="drop", unique_indices=True) for pool in pools)
 
   pieces = lax.div(count + (piece - 1), jnp.int32(piece))
   kv, scores, positions = lax.fori_loop(0, pieces, copy, (state.kv, state.scores, state.positions))

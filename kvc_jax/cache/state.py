@@ -20,7 +20,7 @@ from kvc_jax.errors import InputError
 _DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 
 NULL_BLOCK = 0
-"""Never allocated: table padding points at it and masked writes go to it."""
+"""Never allocated: table padding points at it, and scores and positions that `allocate` masks go to it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
