@@ -24,9 +24,9 @@ import tqdm
 from kvc_jax import LLM, Compression, SamplingParams
 from kvc_jax.cli import _parser
 from kvc_jax.cli_eval import policies_of
-from kvc_jax.errors import InputError
+from kvc_jax.errors import InputError, check_count
 from kvc_jax.evaluation.haystack import held_out_sentences
-from kvc_jax.evaluation.recall import SampleBuilder, score
+from kvc_jax.evaluation.recall import SHORTEST, SampleBuilder, score
 from kvc_jax.evaluation.task import Sample
 from kvc_jax.tokenizer import Tokenizer
 
@@ -59,6 +59,8 @@ def main() -> int:
 
 
 def _look(args: argparse.Namespace) -> tuple[list[dict[str, object]], np.ndarray]:
+  check_count("--count", args.count, at_least=1)
+  check_count("--length", args.length, at_least=SHORTEST)
   tokenizer = Tokenizer.from_folder(args.model)
   builder = SampleBuilder(held_out_sentences(), tokenizer)
   samples = [builder.sample(args.task, args.length, number, seed=0) for number in range(args.count)]

@@ -54,7 +54,11 @@ def test_what_each_head_holds_of_the_value(script):
   np.testing.assert_array_equal(held[0], [[[1, 1, 1, 1]], [[1, 1, 0, 1]]])
 
 
-def test_bad_input_is_one_line(script, monkeypatch, capsys):
-  monkeypatch.setattr(sys, "argv", ["look_at_evicted.py", "no-such-model"])
+@pytest.mark.parametrize(("options", "words"), [
+    (["no-such-model"], "no-such-model"), (["--count", "0"], "--count is 0"), (["--length", "9"], "--length is 9")])
+def test_bad_input_is_one_line(script, monkeypatch, capsys, options, words):
+  monkeypatch.setattr(sys, "argv", ["look_at_evicted.py", *options])
   assert script.main() == 2
-  assert capsys.readouterr().err.count("\n") == 1
+  error = capsys.readouterr().err
+  assert words in error
+  assert error.count("\n") == 1
