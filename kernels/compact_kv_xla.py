@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kvc_jax.kernels.scatter import apart, put
+
 MOVES_PER_STEP = 2048
 
 
@@ -21,12 +23,7 @@ def compact_kv(
   sources, targets, count = _plan(evicted, tables, lengths, kept, block_size)
   spare = -sources.shape[0] % MOVES_PER_STEP
   sources, targets = jnp.pad(sources, (0, spare)), jnp.pad(targets, (0, spare))
-  # Behind the last move, targets are behind the pool and dropped, each at a place of its own (see `kv_write`).
-  move = jnp.arange(targets.size, dtype=jnp.int32)
-  targets = jnp.where(move < count, targets, scores.size + move)
-
-  def put(places, rows):
-    return places.set(rows, mode="drop", unique_indices=True)
+  targets = apart(targets, jnp.arange(targets.size, dtype=jnp.int32) < count, scores.size)
 
   def body(step, pools):
     kv, scores, positions = pools

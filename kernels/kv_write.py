@@ -15,8 +15,7 @@ def kv_write(
 ) -> jax.Array:
   """Sets kv[blocks[t, h], :, offsets[t, h]] to (k[t, h], v[t, h]).
 
-  Targets must be distinct, those that are dropped as well: a GPU would write rows of 16 bits
-  that may meet in one place with an atomic operation each, in turn.
+  Targets must be distinct, those that are dropped as well (`scatter.apart`).
 
   Args:
     kv: [N, 2, P, D] the pool.

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from kvc_jax.kernels.scatter import put
+
 
 def kv_write(kv: jax.Array, k: jax.Array, v: jax.Array, blocks: jax.Array, offsets: jax.Array) -> jax.Array:
   """See `kv_write.kv_write`."""
   rows = jnp.stack([k, v], axis=2).astype(kv.dtype)  # [T, H, 2, D]
-  return kv.at[blocks, :, offsets].set(rows, mode="drop", unique_indices=True)
+  return put(kv.at[blocks, :, offsets], rows)

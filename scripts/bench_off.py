@@ -34,6 +34,7 @@ from kvc_jax.engine.sequence import Sequence
 from kvc_jax.kernels.kv_write import kv_write
 from kvc_jax.kernels.paged_decode import paged_decode
 from kvc_jax.kernels.paged_prefill import paged_prefill
+from kvc_jax.kernels.scatter import apart
 from kvc_jax.model.flat import FlatModel
 from kvc_jax.model.llama import unstack_layers
 
@@ -158,8 +159,8 @@ def _prefill(
   prefix = jnp.broadcast_to(state.num_tokens[slot] - count, heads.shape)
 
   def attend(layer, q, k, v, kv):
-    block = state.tables[layer, slot, 0, positions // state.block_size]
-    block = jnp.where(row < count, block, kv.shape[0] // len(heads) + row)  # dropped; see `kv_write`
+    block = apart(
+        state.tables[layer, slot, 0, positions // state.block_size], row < count, kv.shape[0] // len(heads))
     kv = kv_write(kv, k, v, block[:, None] * len(heads) + heads, offsets)
     out, _ = paged_prefill(
         q, k, v, kv, tables, prefix, layer, jnp.int32(0), count, scale=llama.config.head_dim**-0.5)
@@ -189,8 +190,7 @@ def _decode_loop(
     offsets = jnp.broadcast_to((last % state.block_size)[:, None], (len(slots), len(heads)))
 
     def attend(layer, q, k, v, kv):
-      block = state.tables[layer, slots, 0, last // state.block_size]
-      block = jnp.where(ok, block, kv.shape[0] // len(heads) + slots)
+      block = apart(state.tables[layer, slots, 0, last // state.block_size], ok, kv.shape[0] // len(heads))
       kv = kv_write(kv, k, v, block[:, None] * len(heads) + heads, offsets)
       out, *_ = paged_decode(q, kv, tables, lengths_of_heads, layer, scale=llama.config.head_dim**-0.5)
       return out, kv

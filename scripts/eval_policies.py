@@ -184,9 +184,9 @@ def _report(args: argparse.Namespace, names: Sequence[str]) -> None:
   common.print_table(_pivot(whole))
   if plots.can_draw():
     plots.save_quality(rows, args.out / f"{args.name}.png")
-    middle = f"-{sorted(args.rate)[len(args.rate) // 2]:g}x"
-    plots.save_kept([found for found in results if found.policy.endswith(middle)], args.out / f"{args.name}-kept.png",
-                    most=len(names))
+    middle = {"rate": sorted(args.rate)[len(args.rate) // 2]}
+    plots.save_kept([found for found in results if found.policy == summary.policy_name(found.series, middle)],
+                    args.out / f"{args.name}-kept.png", most=len(names))
 
 
 def _pivot(rows: Sequence[summary.Row]) -> list[dict[str, object]]:

@@ -21,12 +21,13 @@ import eval_policies
 import numpy as np
 import tqdm
 
-from kvc_jax import LLM, Compression, SamplingParams
+from kvc_jax import LLM, Compression
 from kvc_jax.cli import _parser
 from kvc_jax.cli_eval import policies_of
 from kvc_jax.errors import InputError, check_count
 from kvc_jax.evaluation.haystack import held_out_sentences
 from kvc_jax.evaluation.recall import SHORTEST, SampleBuilder, score
+from kvc_jax.evaluation.runner import greedy_params
 from kvc_jax.evaluation.task import Sample
 from kvc_jax.tokenizer import Tokenizer
 
@@ -102,7 +103,7 @@ def _run(
     llm: LLM, task: str, samples: list[Sample], places: list[int], compression: Compression
 ) -> tuple[float, np.ndarray]:
   """Percentage of right answers, and whether each head holds each of the value's digits: bool [samples, L, H, 4]."""
-  params = [SamplingParams(temperature=0, max_tokens=sample.max_new_tokens) for sample in samples]
+  params = [greedy_params(sample) for sample in samples]
   outputs = llm.generate([str(sample.prompt) for sample in samples], params, compression, return_positions=True)
   right, held = [], []
   for output, place, sample in zip(outputs, places, samples, strict=True):

@@ -26,7 +26,7 @@ collect_ignore = [] if importlib.util.find_spec("uvicorn") else ["serving"]
 CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
 
 CHEAP = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-"""Halves the time that a step of a model takes to compile: those emitters go through MLIR."""
+"""Steps of a model compile much faster: those emitters go through MLIR."""
 
 
 def pytest_configure(config):

@@ -19,6 +19,7 @@ from kvc_jax.eviction.look import layer_kvs
 from kvc_jax.eviction.score import MomentsRule, ScoringRule, pooling_of
 from kvc_jax.kernels.column_scores import column_scores
 from kvc_jax.kernels.paged_prefill import paged_prefill
+from kvc_jax.kernels.scatter import apart
 
 
 @jax.tree_util.register_dataclass
@@ -241,10 +242,7 @@ def _put_scores(state: CacheState, layer, slot, gain: jax.Array, *, add: bool) -
   heads, columns = state.tables.shape[2:]
   held = jnp.arange(gain.shape[-1], dtype=jnp.int32) < state.lengths[layer, slot][:, None]
   gain = jnp.where(held, gain, 0.0).reshape(heads, columns, state.block_size)
-  # Table padding goes to blocks behind the pool, which are dropped: all of it on the null
-  # block would be one long queue of atomic additions.
-  entry = jnp.arange(heads * columns, dtype=jnp.int32).reshape(heads, columns)
-  blocks = jnp.where(held[:, :: state.block_size], state.tables[layer, slot], state.num_blocks + entry)
+  blocks = apart(state.tables[layer, slot], held[:, :: state.block_size], state.num_blocks)
   places = state.scores.at[blocks]
   scores = (places.add if add else places.set)(gain, mode="drop", unique_indices=True)
   return dataclasses.replace(state, scores=scores)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 from kvc_jax.cache.alloc import blocks_held, drop_references
 from kvc_jax.cache.state import NULL_BLOCK, CacheState
 from kvc_jax.errors import InputError
+from kvc_jax.kernels.scatter import apart, put
 
 _COPIED_TOGETHER = 256
 """Blocks of one piece of a copy: 2 MiB at 8 KiB each."""
@@ -163,13 +164,13 @@ def _copy_out(state: CacheState, tables: Array, copied: Array, most: int) -> tup
   size = -(-most // piece) * piece
   place = jnp.where(flat, rank, size)
   sources = jnp.full(size, NULL_BLOCK, jnp.int32).at[place].set(tables.reshape(-1), mode="drop")
-  spare = state.num_blocks + jnp.arange(size, dtype=jnp.int32)  # dropped; see `kv_write` on why not all at one place
-  targets = spare.at[place].set(fresh, mode="drop")
+  targets = jnp.zeros(size, jnp.int32).at[place].set(fresh, mode="drop")
+  targets = apart(targets, jnp.arange(size, dtype=jnp.int32) < count, state.num_blocks)
 
   def copy(i: Array, pools: tuple[Array, ...]) -> tuple[Array, ...]:
     source = lax.dynamic_slice_in_dim(sources, i * piece, piece)
     target = lax.dynamic_slice_in_dim(targets, i * piece, piece)
-    return tuple(pool.at[target].set(pool[source], mode="drop", unique_indices=True) for pool in pools)
+    return tuple(put(pool.at[target], pool[source]) for pool in pools)
 
   pieces = lax.div(count + (piece - 1), jnp.int32(piece))
   kv, scores, positions = lax.fori_loop(0, pieces, copy, (state.kv, state.scores, state.positions))

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Int
 from kvc_jax.cache.alloc import blocks_held, pop_blocks
 from kvc_jax.cache.state import NULL_BLOCK, CacheState
 from kvc_jax.errors import InputError
+from kvc_jax.kernels.scatter import apart, put
 
 PIECE_KVS = 16_384
 """KVs that travel together: 8 MiB of bfloat16 at a head dimension of 128."""
@@ -215,14 +216,8 @@ def write_piece(
 
   What a piece has behind the last KV is dropped.
   """
-  size = piece.kv.shape[0]
-  blocks, offsets = _places(state, slot, start, size)
-  # As in `kv_write`: each goes to a place of its own, dropped ones as well.
-  blocks = jnp.where(ok & (blocks != NULL_BLOCK), blocks, state.num_blocks + jnp.arange(size, dtype=jnp.int32))
-
-  def put(places: Any, rows: jax.Array) -> jax.Array:
-    return places.set(rows, mode="drop", unique_indices=True)
-
+  blocks, offsets = _places(state, slot, start, piece.kv.shape[0])
+  blocks = apart(blocks, ok & (blocks != NULL_BLOCK), state.num_blocks)
   return dataclasses.replace(
       state,
       kv=put(state.kv.at[blocks, :, offsets], piece.kv),

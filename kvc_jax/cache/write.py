@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvc_jax.cache.state import CacheState
 from kvc_jax.kernels.kv_write import kv_write
+from kvc_jax.kernels.scatter import apart
 
 
 def write(
@@ -41,7 +42,6 @@ def write(
   index = jnp.where(valid[:, None], index, 0)
   head = jnp.arange(state.num_kv_heads)
   blocks = state.tables[layer, slots[:, None], head, lax.div(index, jnp.int32(state.block_size))]
-  entry = jnp.arange(blocks.size, dtype=jnp.int32).reshape(blocks.shape)
-  blocks = jnp.where(valid[:, None], blocks, state.num_blocks + entry)  # dropped; see `kv_write` on why not all at one
+  blocks = apart(blocks, valid[:, None], state.num_blocks)
   offsets = lax.rem(index, jnp.int32(state.block_size))
   return dataclasses.replace(state, kv=kv_write(state.kv, k, v, blocks, offsets))

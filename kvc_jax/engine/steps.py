@@ -43,7 +43,7 @@ def _whole(model: Llama | FlatModel) -> Llama:
 def new_observation(
     rule: ScoringRule | None, num_layers: int, num_heads: int, head_dim: int, dtype: np.dtype, frequencies: jax.Array
 ) -> Observation:
-  """`kvc_jax.attention.prefill.init_observation` as one program: its arrays one by one take the host a millisecond."""
+  """`kvc_jax.attention.prefill.init_observation` as one program: one call for all of its arrays."""
   return init_observation(rule, num_layers, num_heads, head_dim, dtype, frequencies)
 
 

@@ -27,7 +27,7 @@ def targets(monkeypatch):
 @pytest.mark.parametrize("valid", [[1, 1, 1], [1, 1, 0], [0, 1, 0], [0, 0, 0]])
 @pytest.mark.parametrize("chunk", [True, False])
 def test_rows_that_are_not_valid_are_dropped_each_at_a_place_of_its_own(targets, valid, chunk):
-  """All of them on one place is right too, but there a GPU writes them one by one: 11 ms a layer for a chunk."""
+  """All of them on one place is right too, but there a GPU writes them one by one."""
   state = init_cache(CacheConfig(
       num_layers=1, num_slots=SLOTS, num_kv_heads=HEADS, head_dim=2, num_blocks=20, max_blocks_per_head=3,
       block_size=BLOCK_SIZE, dtype=jnp.float32))
