@@ -133,14 +133,14 @@ class SharedBatch(Batch):
     found, self.state = _decode_loop(self._flat, self.state, self._rows(sequences, limits), np.int32(num_steps))
     return found
 
-  def usage(self) -> tuple[jax.Array, jax.Array]:
+  def usage(self) -> steps.Usage:
     return _usage(self.state, heads=self.config.num_kv_heads)
 
 
 @functools.partial(jax.jit, static_argnames="heads")
-def _usage(state: CacheState, heads: int) -> tuple[jax.Array, jax.Array]:
-  held, free = steps.usage(state)
-  return heads * held, heads * free
+def _usage(state: CacheState, heads: int) -> steps.Usage:
+  found = steps.usage(state)
+  return dataclasses.replace(found, held=heads * found.held, free=heads * found.free)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

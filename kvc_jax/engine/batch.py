@@ -191,8 +191,8 @@ class Batch:
         self.state, *rows[:5], keep, rows[5], mass, rule=first.scoring, allocation=first.allocation, model=model)
     return sequences, eviction.freed_blocks
 
-  def usage(self) -> tuple[jax.Array, jax.Array]:
-    """Blocks that each slot holds, i32 [S], and free blocks, i32 []."""
+  def usage(self) -> steps.Usage:
+    """What the cache holds behind all that was dispatched."""
     return steps.usage(self.state)
 
   def release(self, sequence: Sequence) -> None:
@@ -248,11 +248,16 @@ class Batch:
     sequence.snapshot = None
     return ok
 
-  def receipts(self, sequences: list[Sequence]) -> list[CompressionReceipt]:
-    """What each sequence holds now (waits for the device)."""
+  def receipts(self, sequences: list[Sequence], lengths: jax.Array | None = None) -> list[CompressionReceipt]:
+    """What each sequence holds (waits for the device).
+
+    Args:
+      sequences: each in a slot.
+      lengths: i32 [L, S, H] of a time behind which nothing was dispatched for them; by default of now.
+    """
     if not sequences:
       return []
-    every = np.asarray(self.state.lengths)
+    every = np.asarray(self.state.lengths if lengths is None else lengths)
     return [self._receipt(sequence, every[:, sequence.slot].copy()) for sequence in sequences]
 
   def _receipt(self, sequence: Sequence, lengths: np.ndarray) -> CompressionReceipt:

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 import logging
-import operator
 import os
 import pathlib
 from collections.abc import Collection
@@ -22,17 +21,18 @@ from kvc_jax.checkpoint.store import load_model
 from kvc_jax.config import LlamaConfig
 from kvc_jax.engine import footprint, saved
 from kvc_jax.engine.batch import Batch, decode_rule
-from kvc_jax.engine.flight import Dispatched, First, Flight, worthwhile_steps
+from kvc_jax.engine.checks import check_profile, check_types, prompt_ids
+from kvc_jax.engine.flight import Dispatched, First, Flight, row_of, token_logprobs, worthwhile_steps
 from kvc_jax.engine.kinds import kind_of, kinds_of, smallest_of
 from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.pool import calibrated_scales, check_sizes, context_length, pool_config
 from kvc_jax.engine.prefix_cache import PrefixCache
-from kvc_jax.engine.request import EngineStats, FinishReason, SamplingParams, TokenLogprobs, Update
+from kvc_jax.engine.request import EngineStats, FinishReason, SamplingParams, Update
 from kvc_jax.engine.scheduler import Scheduler
 from kvc_jax.engine.sequence import Sequence
+from kvc_jax.engine.steps import Usage
 from kvc_jax.errors import InputError, QueueFull, check_count, check_real
 from kvc_jax.eviction.compression import Compression
-from kvc_jax.eviction.profile import HeadProfile
 from kvc_jax.eviction.score import ScoringRule, check_rule
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.eviction.shares import Allocation
@@ -177,11 +177,14 @@ class Engine:
   def _start_empty(self) -> None:
     self._scheduler = Scheduler(self.config, self._plan_ahead)
     self._requests: dict[int, list[Sequence]] = {}
-    self._flight: Flight | None = None
+    self._flight: Flight | None = None  # what is being dispatched
+    self._sealed: Flight | None = None  # what was dispatched before that, and not read yet
+    self._chunks_ahead = 0  # prompt chunks of the next step that were dispatched already
     self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
     self._stalled = False  # a sequence got no block, and none has come back since
     self._prefixes = PrefixCache(self._prefix_interval, self.batch.drop) if self.config.sharing else None
     self._free_now = self._scheduler.free_blocks  # a lower bound of what is really free, beside cached prefixes
+    self._lengths: jax.Array | None = None  # i32 [L, S, H], when results were last read
 
   def reset(self) -> None:
     """Drops all requests and empties the cache, whatever state an exception may have left it in."""
@@ -200,41 +203,13 @@ class Engine:
     Raises:
       InputError: it is empty, too long, or out of the vocabulary; `name` stands for it in the message.
     """
-    ids = self._token_ids(prompt, name)
-    vocab = self.model.config.vocab_size
-    if not ids:
-      raise InputError(f"{name} has no tokens; give at least one token id")
-    wrong = [i for i in ids if not 0 <= i < vocab]
-    if wrong:
-      raise InputError(f"{name}: token id {wrong[0]} is outside the vocabulary of {vocab} tokens")
-    if len(ids) >= self.max_model_len:
-      raise InputError(
-          f"{name} has {len(ids)} tokens, but the context is {self.max_model_len} with at least one "
-          "to generate; shorten it or raise max_model_len up to the model's own context")
-    return ids
-
-  def _token_ids(self, prompt: Any, name: str) -> list[int]:
-    if isinstance(prompt, str):
-      return self.tokenizer.encode(prompt)
-    if isinstance(prompt, bytes):
-      raise InputError(f"{name} is bytes; decode it to text first")
-    try:
-      return [operator.index(i) for i in prompt]
-    except TypeError:
-      raise InputError(f"{name} is neither a text nor a list of token ids") from None
+    return prompt_ids(self.tokenizer, prompt, name, vocab_size=self.model.config.vocab_size,
+                      max_model_len=self.max_model_len)
 
   def check_fits(self, name: str, prompt_tokens: int, compression: Compression | None) -> None:
     """Raises InputError where the pool is too small for a request even when nothing else runs."""
     footprint.prefill_interval(self.config, name, prompt_tokens, compression)
-    self._check_profile(compression)
-
-  def _check_profile(self, compression: Compression | None) -> None:
-    """Raises InputError where a request's head profile is for a model of another shape."""
-    if compression is None:
-      return
-    for profile in (compression.allocation, getattr(compression.scoring, "profile", None)):
-      if isinstance(profile, HeadProfile):
-        profile.check_fits(self.config.num_layers, self.config.num_kv_heads)
+    check_profile(self.config, compression)
 
   def add(
       self, prompt: str | list[int], params: SamplingParams | None = None, compression: Compression | None = None,
@@ -257,10 +232,10 @@ class Engine:
       QueueFull: more than `max_waiting` sequences would wait.
     """
     params = SamplingParams() if params is None else params
-    _check_types(params, compression)
+    check_types(params, compression)
     ids = self.encode(prompt)
     interval = footprint.prefill_interval(self.config, "the prompt", len(ids), compression)
-    self._check_profile(compression)
+    check_profile(self.config, compression)
     self._check_queue(params.n)
     self._notice(compression)
     if params.seed is None:  # another one for every request that this engine ever serves
@@ -308,7 +283,7 @@ class Engine:
   def cancel(self, request_id: int) -> bool:
     """Ends a request without a further update; its slots and blocks are free at once.
 
-    Waits for the step in flight.
+    Waits for what is in flight.
 
     Returns:
       False where the request is unknown or has ended.
@@ -328,7 +303,7 @@ class Engine:
   def save(self, request_id: int, path: str | pathlib.Path, *, sample: int = 0) -> None:
     """Writes a request's compressed cache, and all else that it takes to go on with it, to a safetensors file.
 
-    The request itself goes on; `cancel` ends it. Waits for the step in flight.
+    The request itself goes on; `cancel` ends it. Waits for what is in flight.
 
     Args:
       request_id: as `add` gave it.
@@ -415,9 +390,11 @@ class Engine:
 
   def _schedule(self) -> None:
     """Reads results, lets go of what ended, compresses what is due, and makes room."""
-    self._collect()
+    self._land()
+    if self._stalled:  # whoever has a chunk ahead may have to give way
+      self._collect()
     ended = [s for s in self._scheduler.running if s.finish_reason]
-    self._let_go(ended)
+    self._let_go(ended, self._lengths)
     due = [s for s in self._scheduler.running if s.decodes and s.is_due]
     self._compress(due)
     if self._stalled:
@@ -428,9 +405,14 @@ class Engine:
     self._stalled = False
 
   def _run(self) -> None:
-    """Dispatches prompt chunks, then decode steps."""
-    prefilled = [self._prefill_chunk() for _ in range(self._chunks_per_step)]
-    self._decode(1 if any(prefilled) else self.batch.steps_per_sync)
+    """Dispatches prompt chunks, then decode steps; a chunk of the next step's then keeps the device busy."""
+    ahead, self._chunks_ahead = self._chunks_ahead, 0
+    prefilled = [self._prefill_chunk() for _ in range(self._chunks_per_step - ahead)]
+    prefills = ahead > 0 or any(prefilled)
+    self._decode(1 if prefills else self.batch.steps_per_sync)
+    self._seal()
+    if prefills:
+      self._prefill_ahead()
 
   def _postprocess(self) -> list[Update]:
     """Turns tokens into text and updates."""
@@ -455,55 +437,67 @@ class Engine:
 
   @property
   def _in_flight(self) -> Flight:
-    """What has been dispatched since results were last read."""
+    """What is being dispatched."""
     if self._flight is None:
       self._flight = Flight()
     return self._flight
 
-  def _collect(self) -> None:
-    """Waits for what was dispatched and notes what came of it."""
+  def _seal(self) -> None:
+    """Ends a flight: what is dispatched from now on joins another one."""
     flight, self._flight = self._flight, None
+    if flight is not None:
+      flight.seal(self.batch.usage())
+      self._sealed = flight
+
+  def _collect(self) -> None:
+    """Waits for all that was dispatched and notes what came of it."""
+    self._land()
+    self._seal()
+    self._land()
+
+  def _land(self) -> None:
+    """Waits for the sealed flight, not for a chunk ahead, and notes what came of it."""
+    flight, self._sealed = self._sealed, None
     if flight is None:
       return
-    arrays = (
-        [(d.found.counts, d.found.tokens) for d in flight.decoded], [f.token for f in flight.first],
-        [freed for _, freed in flight.evicted], flight.given, self.batch.usage())
-    decoded, first, evicted, given, (held, free) = jax.device_get(arrays)
-    for (sequences, _), freed in zip(flight.evicted, evicted, strict=True):
-      for sequence, blocks in zip(sequences, freed, strict=False):
-        sequence.freed_blocks += int(blocks)
-        self._counts["compressions"] += 1
-        self._counts["freed_blocks"] += int(blocks)
-    failed = [s for s, ok in zip(flight.given_to, given, strict=True) if not ok]
-    news = [(1, f.sequence) for f, token in zip(flight.first, first, strict=True)
-            if f.sequence not in failed and self._take_first(f, token)]
-    for dispatched, (counts, tokens) in zip(flight.decoded, decoded, strict=True):
+    landed = flight.land()
+    for sequence, blocks in landed.freed:
+      sequence.freed_blocks += blocks
+      self._counts["compressions"] += 1
+      self._counts["freed_blocks"] += blocks
+    news = [(1, f.sequence) for f, token in landed.first
+            if f.sequence not in landed.failed and self._take_first(f, token)]
+    for dispatched, counts, tokens in landed.decoded:
       news += self._take_decoded(dispatched, counts, tokens)
-    for sequence in failed:  # a scoring rule of infinite values can keep more than the budget
+    for sequence in landed.failed:  # a scoring rule of infinite values can keep more than the budget
       sequence.finish_reason = "cache_full"
       news.append((0, sequence))
+    self._stalled |= bool(landed.failed)
     for _, sequence in sorted(news, key=lambda pair: pair[0]):
       self._note(sequence)
-    self._note_usage(held, free)
+    self._note_usage(landed.usage)
+    for sequence, blocks in self._flight.claims if self._flight else ():  # behind that usage
+      self._scheduler.claim(sequence, blocks)
 
-  def _note_usage(self, held: np.ndarray, free: np.ndarray) -> None:
-    """Takes what `Batch.usage` says for what each sequence holds and what is free."""
+  def _note_usage(self, usage: Usage) -> None:
+    """Takes what the cache held for what each sequence holds and what is free."""
+    held, free = jax.device_get((usage.held, usage.free))
     for sequence in self._scheduler.running:
       if sequence.slot >= 0:  # else it is about to be given one
         sequence.held_blocks = int(held[sequence.slot])
     # As if nothing was shared, for all may need blocks of their own; as if no prefix was cached, for those give way.
     self._scheduler.free_blocks = self.config.num_blocks - 1 - sum(s.held_blocks for s in self._scheduler.running)
-    self._free_now = int(free)
+    self._free_now, self._lengths = int(free), usage.lengths
 
   def _note(self, sequence: Sequence) -> None:
     if sequence not in self._news:
       self._news.append(sequence)
 
-  def _take_first(self, first: First, token: np.ndarray) -> bool:
+  def _take_first(self, first: First, token: int) -> bool:
     sequence = first.sequence
     if sequence.token_ids or sequence.finish_reason:  # it started over: its first token is known
       return False
-    self._accept(sequence, [int(token[0])], [] if first.logprobs is None else [_row(jax.device_get(first.logprobs), 0)])
+    self._accept(sequence, [token], first.rows())
     return True
 
   def _take_decoded(
@@ -511,33 +505,28 @@ class Engine:
   ) -> list[tuple[int, Sequence]]:
     """Notes the steps [S] and tokens [K, S] of one loop; returns how many new tokens each sequence got."""
     news = []
-    asks = any(s.params.logprobs is not None for s in dispatched.sequences)
-    logprobs = jax.device_get(dispatched.found.logprobs) if asks else None
+    logprobs = dispatched.logprobs()
     for sequence, limit in zip(dispatched.sequences, dispatched.limits, strict=True):
       count, slot = int(counts[sequence.slot]), sequence.slot
       known = len(sequence.token_ids) - 1 - sequence.steps  # run again, not drawn
       sequence.steps += count
       tokens = [int(token) for token in drawn[known:count, slot]]
       asked = sequence.params.logprobs is not None and logprobs is not None
-      rows = [_row(logprobs, (step, slot)) for step in range(known, count)] if asked else []
+      rows = [row_of(logprobs, (step, slot)) for step in range(known, count)] if asked else []
       if tokens:
         news.append((self._accept(sequence, tokens, rows), sequence))
       self._stalled |= count < limit and not sequence.finish_reason
     return news
 
   def _accept(self, sequence: Sequence, tokens: list[int], rows: list[tuple]) -> int:
-    top = sequence.params.logprobs or 0
-    logprobs = [
-        TokenLogprobs(token_id=token, logprob=float(drawn), top=tuple(zip(ids[:top].tolist(), best[:top].tolist(),
-                                                                          strict=True)))
-        for token, (drawn, best, ids) in zip(tokens, rows, strict=False)]
+    logprobs = token_logprobs(tokens, rows, sequence.params.logprobs or 0)
     taken = sequence.accept(tokens, logprobs, self.max_model_len)
     self._counts["generated_tokens"] += taken
     return taken
 
-  def _let_go(self, ended: list[Sequence]) -> None:
-    """Writes the receipts of sequences that ended, and frees their slots and blocks."""
-    for sequence, receipt in zip(ended, self.batch.receipts(ended), strict=True):
+  def _let_go(self, ended: list[Sequence], lengths: jax.Array | None = None) -> None:
+    """Writes the receipts of sequences that ended, by `lengths` or those of now, and frees their slots and blocks."""
+    for sequence, receipt in zip(ended, self.batch.receipts(ended, lengths), strict=True):
       sequence.receipt = receipt
       self.batch.release(sequence)
       self._scheduler.end(sequence)
@@ -597,7 +586,7 @@ class Engine:
     """Drops cached prefixes until so many blocks are free, or none is left (waits for the device where it drops)."""
     if self._prefixes is None or self._free_now >= blocks:
       return
-    self._note_usage(*jax.device_get(self.batch.usage()))
+    self._note_usage(self.batch.usage())
     while self._free_now < blocks and self._prefixes.drop_oldest():
       self._free_now = self.batch.free_blocks
 
@@ -607,6 +596,7 @@ class Engine:
     self._make_free(blocks - sequence.held_blocks)  # the first may have found that it holds less
     self._free_now -= max(blocks - sequence.held_blocks, 0)
     self._scheduler.claim(sequence, blocks)
+    self._in_flight.claims.append((sequence, blocks))
 
   def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
     sequence.finish_reason = reason
@@ -684,7 +674,7 @@ class Engine:
     while not bool(self.batch.unshare(sequence)):
       if not self._prefixes.drop_oldest():
         raise RuntimeError("a sequence that shares blocks found none to copy them to")
-    self._note_usage(*jax.device_get(self.batch.usage()))
+    self._note_usage(self.batch.usage())
 
   # -------------------------------------------------------------------------- running
 
@@ -693,13 +683,36 @@ class Engine:
     sequence = self._scheduler.prefilling or self._admit()
     if sequence is None:
       return False
-    cached = self._prefixes is not None and self._prefixes.serves(sequence)
-    count = footprint.next_piece(sequence, self.batch.chunk_size, self._prefix_interval if cached else None)
-    blocks = footprint.blocks_behind(self.config, sequence, count)
+    count, blocks = self._next_piece(sequence)
     if blocks - sequence.held_blocks > self._scheduler.free_blocks:
       if len(self._scheduler.running) == 1 and self._flight is None:  # nobody will free any
         self._finish(sequence, "cache_full")
       return False  # until others have ended
+    self._prefill(sequence, count, blocks)
+    return True
+
+  def _prefill_ahead(self) -> None:
+    """Dispatches a chunk of the next step's, where a prompt is in progress and decode steps surely leave blocks for it.
+
+    The device runs it while results are read and the next steps dispatched; cached prefixes would have to wait for it.
+    """
+    sequence = self._scheduler.prefilling
+    if sequence is None or self._prefixes is not None:
+      return
+    count, blocks = self._next_piece(sequence)
+    decoded = sum(s.decodes for s in self._scheduler.running) * self.config.heads_per_sequence
+    if blocks - sequence.held_blocks + decoded <= self._scheduler.free_blocks:
+      self._prefill(sequence, count, blocks)
+      self._chunks_ahead = 1
+
+  def _next_piece(self, sequence: Sequence) -> tuple[int, int]:
+    """Tokens of a prompt's next chunk, and the most blocks that the sequence holds behind it."""
+    cached = self._prefixes is not None and self._prefixes.serves(sequence)
+    count = footprint.next_piece(sequence, self.batch.chunk_size, self._prefix_interval if cached else None)
+    return count, footprint.blocks_behind(self.config, sequence, count)
+
+  def _prefill(self, sequence: Sequence, count: int, blocks: int) -> None:
+    """Dispatches a chunk, and what comes behind it."""
     self._claim(sequence, blocks)
     logits, ok = self.batch.prefill(sequence, count)
     self._counts["prompt_tokens"] += count
@@ -717,7 +730,6 @@ class Engine:
         token, logprobs = self.batch.first_token(logits, sequence)
         wanted = sequence.params.logprobs is not None
         self._in_flight.first.append(First(sequence, token, logprobs if wanted else None))
-    return True
 
   def _decode(self, most_steps: int) -> None:
     """Dispatches decode steps, once for each way of keeping scores."""
@@ -784,14 +796,3 @@ class Engine:
       if decoding and not swapped:
         self._preempt(decoding[0])
         swapped = True
-
-
-def _row(logprobs: Any, at: Any) -> tuple[Any, np.ndarray, np.ndarray]:
-  return logprobs.drawn[at], logprobs.top[at], logprobs.top_ids[at]
-
-
-def _check_types(params: Any, compression: Any) -> None:
-  if not isinstance(params, SamplingParams):
-    raise InputError("sampling_params must be SamplingParams, or a list of them")
-  if compression is not None and not isinstance(compression, Compression):
-    raise InputError(f"compression is {compression!r}; give a Compression, such as Compression(rate=8), or None")

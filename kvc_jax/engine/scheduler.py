@@ -18,7 +18,7 @@ class Scheduler:
   Attributes:
     waiting: in the order in which they will start.
     running: those with a slot, in the order of arrival.
-    free_blocks: a lower bound, exact whenever results have been read.
+    free_blocks: a lower bound beside what decode steps in flight take; exact when all results have been read.
   """
 
   def __init__(self, config: CacheConfig, plan_ahead: float = 0.0):

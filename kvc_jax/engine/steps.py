@@ -255,10 +255,27 @@ def first_token(
   return token, logprobs_of(logits[None], token, logprobs[0])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Usage:
+  """What a cache held at some time; arrays of their own, which no later step takes away.
+
+  Attributes:
+    held: i32 [S] blocks that each slot holds.
+    free: i32 [] free blocks.
+    lengths: i32 [L, S, H] KVs that each head holds.
+  """
+
+  held: jax.Array
+  free: jax.Array
+  lengths: jax.Array
+
+
 @jax.jit
-def usage(state: CacheState) -> tuple[jax.Array, jax.Array]:
-  """Blocks that each slot holds, i32 [S], and free blocks, i32 []."""
-  return jnp.sum(alloc.blocks_held(state.lengths, state.block_size), axis=(0, 2)), state.free_count
+def usage(state: CacheState) -> Usage:
+  """What the cache holds now."""
+  held = jnp.sum(alloc.blocks_held(state.lengths, state.block_size), axis=(0, 2))
+  return Usage(held, jnp.copy(state.free_count), jnp.copy(state.lengths))
 
 
 @jax.jit

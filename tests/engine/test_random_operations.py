@@ -190,6 +190,6 @@ def _check_that_it_was_hard(stats, ended, tightest):
   # Each of them fits the pool when it is alone, so none may end because the pool is full.
   assert set(ended) == {"length", "stop", "cancelled", "refused", "too large"}
   assert stats.swaps > 100
-  assert stats.preemptions - stats.swaps > 50  # those that started over
+  assert stats.preemptions - stats.swaps > 30  # those that started over
   assert stats.compressions > 1000
   assert stats.finished > 500
