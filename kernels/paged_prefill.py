@@ -1,6 +1,7 @@
 """Attention of one sequence's prompt chunk over its cached prefix and itself: the op."""
 
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kvc_jax.kernels import backends, paged_prefill_cudnn, paged_prefill_xla
@@ -18,6 +19,7 @@ def paged_prefill(
     count: jax.Array,
     *,
     scale: float,
+    most_prefix: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Chunk attention: all of the prefix, and the chunk itself causally.
 
@@ -40,6 +42,8 @@ def paged_prefill(
     slot: i32 [].
     count: i32 [] rows of the chunk that are real; the rest of the output means nothing.
     scale: factor on q k^T.
+    most_prefix: static bound of `prefix_lengths`. None: the device says how long they are, and on a GPU
+      the host then waits for its answer.
 
   Returns:
     Output [T, H*G, D] in the dtype of q and its log-sum-exp f32 [T, H*G], for
@@ -51,5 +55,21 @@ def paged_prefill(
   if q_heads % k.shape[1] or head_dim != kv.shape[-1]:
     raise ValueError(f"paged_prefill: q {q.shape} fits neither {k.shape[1]} KV heads nor pool {kv.shape}")
   backend = backends.choose("paged_prefill", backends.shape_of(kv, q_heads // tables.shape[2], q.dtype))
-  run = {"cudnn": paged_prefill_cudnn.paged_prefill}.get(backend, paged_prefill_xla.paged_prefill)
-  return run(q, k, v, kv, tables, prefix_lengths, layer, slot, count, scale=scale)
+  arguments = (q, k, v, kv, tables, prefix_lengths, layer, slot, count)
+  if backend == "cudnn":
+    return paged_prefill_cudnn.paged_prefill(*arguments, scale=scale, most_prefix=most_prefix)
+  return paged_prefill_xla.paged_prefill(*arguments, scale=scale)
+
+
+def bound_of_prefix(tokens: int, kv: jax.Array, group: int, dtype: DTypeLike) -> int | None:
+  """The `most_prefix` for a prefix of at most `tokens` KVs in each head: one of few, each a program of its own.
+
+  Args:
+    tokens: 0 or more.
+    kv: [N, 2, P, D] the pool.
+    group: query heads of each KV head, G.
+    dtype: of queries.
+  """
+  if backends.choose("paged_prefill", backends.shape_of(kv, group, dtype)) == "cudnn":
+    return paged_prefill_cudnn.bound_of_prefix(tokens)
+  return None

@@ -43,6 +43,7 @@ def paged_prefill(
     count: jax.Array,
     *,
     scale: float,
+    most_prefix: int | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -59,10 +60,20 @@ def paged_prefill(
     out, log_sum = _merge(*chunk_only(), *map(_unfold, prefix))
     return out.astype(q.dtype), log_sum
 
+  if most_prefix == 0:
+    return chunk_only()
+  if most_prefix is not None and min(most_prefix, tables.shape[-1] * kv.shape[2]) <= piece:
+    return with_prefix(_one_piece)
   # The chunk's own attention stands in each branch: a branch that hands it through would copy it.
   return lax.switch(
       jnp.minimum(_count_pieces(prefix_lengths, piece), 2),
       (chunk_only, lambda: with_prefix(_one_piece), lambda: with_prefix(_many_pieces)))
+
+
+def bound_of_prefix(tokens: int, config: Config | None = None) -> int | None:
+  """See `paged_prefill.bound_of_prefix`: nothing, one piece, or more than can be known."""
+  piece = (config or Config()).piece
+  return 0 if tokens == 0 else piece if tokens <= piece else None
 
 
 def _attend(q, k, v, lengths, scale, interpret):

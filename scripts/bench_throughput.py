@@ -22,9 +22,10 @@ pool has room for, next to the chunk of a prompt that is about to be compressed.
 nothing else takes time.
 
 `prefill_s`, `decode_s` and `eviction_s` (scoring of prompts and evictions) are device time within `seconds_run`: one
-engine step in eight, drawn at random, waits for the device before and behind each call; the mean time of a
+engine step in 24, drawn at random, waits for the device before and behind each call; the mean time of a
 chunk, a decode step and an eviction call, times how many there were. `other_s` is the rest: the host where the
-device waited for it, and swaps. The waits cost a few tenths of a percent.
+device waited for it, and swaps; it is below 0 where more of a call's own way to the device was hidden.
+The waits cost about half a percent.
 
 With --arrivals, requests come at random (Poisson) and rows have the time to first token and the time between
 tokens, medians and 99th percentiles; tokens that come in one piece share its time.
@@ -58,7 +59,7 @@ from kvc_jax.model.llama import Llama, unstack_layers
 _INTERVAL = 64
 _SLOTS = (8, 32, 128, 256)
 _PLAN_AHEAD = 1.0  # all outputs have their full length
-_SAMPLED = 1 / 8
+_SAMPLED = 1 / 24
 _FEWEST_STEADY = 8
 
 

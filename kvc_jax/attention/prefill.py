@@ -83,6 +83,7 @@ def prefill_attention(
     count: jax.Array,
     scale: float,
     rule: ScoringRule | None = None,
+    most_prefix: int | None = None,
 ) -> tuple[jax.Array, CacheState, Observation]:
   """One layer's attention for a chunk of a prompt; writes its KVs and observes its queries.
 
@@ -100,6 +101,8 @@ def prefill_attention(
     count: i32 [] real tokens of the chunk, the sequence's newest.
     scale: factor on q k^T.
     rule: None where no eviction will follow: nothing is scored or kept.
+    most_prefix: static bound of the KVs that each head holds before the chunk. None: the device says, and on a
+      GPU the host waits for its answer in every layer.
 
   Returns:
     Output [T, H*G, D], and the new cache and observation.
@@ -114,7 +117,7 @@ def prefill_attention(
   state = write(state, layer, jnp.broadcast_to(slot, row.shape), positions, k, v, valid)
   prefix = state.lengths[layer, slot] - count
   out, log_sums = paged_prefill(
-      q, k, v, state.kv, state.tables, prefix, layer, slot, count, scale=scale)
+      q, k, v, state.kv, state.tables, prefix, layer, slot, count, scale=scale, most_prefix=most_prefix)
   if rule is not None and rule.observed == "all":
     query_positions = jnp.where(valid, positions, -1 - rule.buffer)
     counted = jnp.where(valid[:, None], log_sums, jnp.inf)  # padding rows have no probabilities
@@ -128,7 +131,8 @@ def prefill_attention(
 
 
 def score_observed(
-    state: CacheState, observation: Observation, slot: jax.Array, *, scale: float, rule: ScoringRule
+    state: CacheState, observation: Observation, slot: jax.Array, *, scale: float, rule: ScoringRule,
+    in_order: bool | None = None,
 ) -> CacheState:
   """Scores the KVs of `slot` with the observed queries; call it after the last chunk.
 
@@ -138,6 +142,16 @@ def score_observed(
   Scores from before are replaced, so that a prompt may be
   scored, compressed and carried on in turns. Any other rule
   leaves the state as it is. The slot shares no blocks (`unshare`).
+
+  Args:
+    state: the cache.
+    observation: of the prompt so far.
+    slot: i32 [].
+    scale: factor on q k^T.
+    rule: the observation's own.
+    in_order: static: True where nothing of the prompt was evicted yet, so its KVs lie in the order of their
+      positions, which saves a sort; False otherwise. None: the device says, and on a GPU the host waits
+      for its answer.
   """
   if isinstance(rule, MomentsRule) and observation.moments is not None:
     return _score_by_moments(state, observation.moments, slot, scale, rule)
@@ -160,8 +174,9 @@ def score_observed(
     return lax.fori_loop(0, state.num_layers, body, scores)
 
   if pooling_of(rule)[0] == 1:
-    return dataclasses.replace(state, scores=scored(state.scores, in_order=True))
-  # Asked once for all layers: each answer is one that the host waits for.
+    in_order = True  # no neighbours
+  if in_order is not None:
+    return dataclasses.replace(state, scores=scored(state.scores, in_order))
   never_evicted = jnp.all(state.lengths[:, slot] == state.num_tokens[slot])
   scores = lax.cond(
       never_evicted, functools.partial(scored, in_order=True), functools.partial(scored, in_order=False), state.scores)

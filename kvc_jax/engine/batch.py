@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kvc_jax.attention.prefill import Observation
 from kvc_jax.cache.share import Held
 from kvc_jax.cache.snapshot import PIECE_KVS, SequenceSnapshot, export_sequence, import_sequence
 from kvc_jax.cache.state import CacheConfig, init_cache
@@ -13,9 +14,10 @@ from kvc_jax.engine import steps
 from kvc_jax.engine.request import CompressionReceipt
 from kvc_jax.engine.sequence import Sequence
 from kvc_jax.eviction.compression import MOST_KEPT_RANGES, Compression
-from kvc_jax.eviction.score import ScoringRule, first_observed
+from kvc_jax.eviction.score import ScoringRule, first_observed, pooling_of
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
+from kvc_jax.kernels.paged_prefill import bound_of_prefix
 from kvc_jax.model.flat import FlatModel
 from kvc_jax.model.llama import Llama
 from kvc_jax.model.rope import inverse_frequencies
@@ -94,23 +96,49 @@ class Batch:
     """
     rule = prefill_rule(sequence.compression)
     if sequence.observation is None:
-      shape = self.model.config
-      sequence.observation = steps.new_observation(
-          rule, shape.num_layers, shape.num_heads, shape.head_dim, np.dtype(self.config.query_dtype),
-          inverse_frequencies(shape.rope, shape.head_dim))
+      sequence.observation = self._new_observation(rule)
     tokens = np.zeros(self.chunk_size, np.int32)
     tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
     logits, ok, self.state, sequence.observation = steps.prefill_chunk(
-        self._flat, self.state, sequence.observation, tokens, np.int32(sequence.slot), np.int32(count), rule=rule)
+        self._flat, self.state, sequence.observation, tokens, np.int32(sequence.slot), np.int32(count), rule=rule,
+        most_prefix=self._bound_of_prefix(sequence.prefilled))
     sequence.prefilled += count
     return logits, ok
+
+  def _new_observation(self, rule: ScoringRule | None) -> Observation:
+    shape = self.model.config
+    return steps.new_observation(
+        rule, shape.num_layers, shape.num_heads, shape.head_dim, np.dtype(self.config.query_dtype),
+        inverse_frequencies(shape.rope, shape.head_dim))
+
+  def _bound_of_prefix(self, tokens: int) -> int | None:
+    """The `most_prefix` of a chunk behind so many tokens."""
+    return bound_of_prefix(
+        tokens, self.state.kv, self.model.config.num_heads // self.config.num_kv_heads, self.config.query_dtype)
 
   def score(self, sequence: Sequence) -> None:
     """Scores what is held of the prompt so far, for a compression that follows."""
     rule = _compression(sequence).scoring
     if rule.observed in ("last", "moments"):
-      self.state = steps.score_prompt(
-          self.state, sequence.observation, np.int32(sequence.slot), scale=self.model.config.head_dim**-0.5, rule=rule)
+      self._score(sequence.observation, sequence.slot, rule, in_order=not sequence.has_gaps)
+
+  def _score(self, observation: Observation | None, slot: int, rule: ScoringRule, *, in_order: bool) -> None:
+    assert observation is not None
+    matters = rule.observed == "last" and pooling_of(rule)[0] > 1  # else one program does
+    self.state = steps.score_prompt(
+        self.state, observation, np.int32(slot), scale=self.model.config.head_dim**-0.5, rule=rule,
+        in_order=in_order if matters else None)
+
+  def compile_prefill(self, compression: Compression | None, max_model_len: int) -> None:
+    """Runs all that prefilling a prompt of this kind can need, on an empty slot, which changes nothing."""
+    slot, rule = self._free_slots[-1], prefill_rule(compression)
+    observation, tokens = self._new_observation(rule), np.zeros(self.chunk_size, np.int32)
+    for most_prefix in {self._bound_of_prefix(most) for most in (0, 1, max_model_len - 1)}:
+      _, _, self.state, observation = steps.prefill_chunk(
+          self._flat, self.state, observation, tokens, np.int32(slot), np.int32(0), rule=rule, most_prefix=most_prefix)
+    if compression is not None and compression.scoring.observed in ("last", "moments"):
+      for in_order in (True, False):
+        self._score(observation, slot, compression.scoring, in_order=in_order)
 
   def decode(self, sequences: list[Sequence], limits: list[int], num_steps: int) -> steps.Decoded:
     """Runs up to `num_steps` decode steps, at most limits[i] of sequences[i].
@@ -185,6 +213,7 @@ class Batch:
       for j, pair in enumerate(compression.keep):
         keep[i, j] = pair
       sequence.compressions += 1
+      sequence.has_gaps = True
       sequence.compressed_at = sequence.tokens_seen
     model = self._flat if getattr(first.scoring, "needs_output", False) else None
     self.state, eviction = steps.evict(
@@ -210,7 +239,7 @@ class Batch:
   def adopt(self, sequence: Sequence, held: Held, tokens: int) -> jax.Array:
     """Gives the sequence's empty slot what was held behind so many tokens of the same prompt; returns ok bool []."""
     self.state, ok = steps.adopt(self.state, held, np.int32(sequence.slot))
-    sequence.prefilled, sequence.shares = tokens, True
+    sequence.prefilled, sequence.has_gaps, sequence.shares = tokens, True, True
     return ok
 
   def unshare(self, sequence: Sequence) -> jax.Array:

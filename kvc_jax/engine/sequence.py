@@ -39,6 +39,7 @@ class Sequence:
     slot: of the cache, -1 while waiting.
     prefilled: prompt tokens in the cache.
     observation: of the prompt, while it is prefilled.
+    has_gaps: whether KVs of what it has seen may be gone.
     shares: whether somebody else may hold some of its blocks too.
     prefix_digests: of the prompt up to each boundary of cached prefixes, where they were asked for.
     token_ids: ids generated so far; the newest is not in the cache yet.
@@ -67,6 +68,7 @@ class Sequence:
   slot: int = -1
   prefilled: int = 0
   observation: Observation | None = None
+  has_gaps: bool = False
   shares: bool = False
   prefix_digests: list[bytes] | None = None
   token_ids: list[int] = dataclasses.field(default_factory=list)
@@ -115,7 +117,7 @@ class Sequence:
     """Goes back to the prompt; what was generated stays and is run again, not drawn again."""
     self.prefilled = self.steps = self.compressions = self.freed_blocks = 0
     self.compressed_at = -1
-    self.observation, self.shares = None, False
+    self.observation, self.has_gaps, self.shares = None, False, False
 
   def accept(self, tokens: Sequences[int], logprobs: Sequences[TokenLogprobs], max_model_len: int) -> int:
     """Takes newly drawn tokens, up to the one that ends the sequence; returns how many.

@@ -34,6 +34,14 @@ DECODE_OPTIONS = {
 }
 """Compiler options of a decode step; only an outermost jit may have any."""
 
+LOOP_OPTIONS = DECODE_OPTIONS | {
+    # XLA's own choice and WHILE: the whole loop is one CUDA graph, where XLA would have the host ask before each step
+    # whether there is another one, and not return before the last.
+    "xla_gpu_enable_command_buffer":
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+}
+"""Compiler options of a loop of decode steps."""
+
 
 def _whole(model: Llama | FlatModel) -> Llama:
   return model.model() if isinstance(model, FlatModel) else model
@@ -47,7 +55,7 @@ def new_observation(
   return init_observation(rule, num_layers, num_heads, head_dim, dtype, frequencies)
 
 
-@functools.partial(jax.jit, static_argnames="rule", donate_argnames=("state", "observation"))
+@functools.partial(jax.jit, static_argnames=("rule", "most_prefix"), donate_argnames=("state", "observation"))
 def prefill_chunk(
     model: Llama | FlatModel,
     state: CacheState,
@@ -57,6 +65,7 @@ def prefill_chunk(
     count: jax.Array,
     *,
     rule: ScoringRule | None,
+    most_prefix: int | None = None,
 ) -> tuple[jax.Array, jax.Array, CacheState, Observation]:
   """Runs one chunk of one prompt.
 
@@ -68,6 +77,7 @@ def prefill_chunk(
     slot: i32 [].
     count: i32 [], 1..T.
     rule: None where the prompt will not be compressed.
+    most_prefix: as for `prefill_attention`.
 
   Returns:
     Logits f32 [V] behind the chunk's last token; ok bool [] (False: no blocks,
@@ -82,7 +92,7 @@ def prefill_chunk(
   def attend(layer, q, k, v, carry):
     state, observation = carry
     out, state, observation = prefill_attention(
-        state, observation, layer, q, k, v, slot=slot, count=count, scale=scale, rule=rule)
+        state, observation, layer, q, k, v, slot=slot, count=count, scale=scale, rule=rule, most_prefix=most_prefix)
     return out, (state, observation)
 
   hidden, (state, observation) = model(tokens, positions, attend, (state, observation))
@@ -172,7 +182,7 @@ class Decoded:
 
 
 @functools.partial(
-    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=DECODE_OPTIONS)
+    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=LOOP_OPTIONS)
 def decode_loop(
     model: Llama | FlatModel, state: CacheState, rows: DecodeRows, num_steps: jax.Array, *, rule: ScoringRule | None
 ) -> tuple[Decoded, CacheState]:
@@ -285,12 +295,13 @@ def held_positions(state: CacheState, slot: jax.Array) -> jax.Array:
   return state.positions[tables].reshape(*tables.shape[:2], -1)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "scale"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("rule", "scale", "in_order"), donate_argnames="state")
 def score_prompt(
-    state: CacheState, observation: Observation, slot: jax.Array, *, scale: float, rule: ScoringRule
+    state: CacheState, observation: Observation, slot: jax.Array, *, scale: float, rule: ScoringRule,
+    in_order: bool | None = None,
 ) -> CacheState:
   """Scores a prompt's KVs behind a chunk; see `score_observed`."""
-  return score_observed(state, observation, slot, scale=scale, rule=rule)
+  return score_observed(state, observation, slot, scale=scale, rule=rule, in_order=in_order)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "allocation"), donate_argnames="state")

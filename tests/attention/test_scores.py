@@ -57,7 +57,7 @@ def _prefill(qkv, chunk, rule):
 
 
 _evict = jax.jit(evict, static_argnames="rule")
-_score_observed = jax.jit(score_observed, static_argnames=("scale", "rule"))
+_score_observed = jax.jit(score_observed, static_argnames=("scale", "rule", "in_order"))
 
 
 def _random_qkv(seed, tokens):
@@ -120,7 +120,22 @@ def test_scores_of_a_prompt_of_several_tiles(rule):
     np.testing.assert_allclose(_scores(state)[layer], expected, rtol=2e-5, atol=1e-7)
 
 
-def test_scores_behind_an_eviction_replace_the_old_and_pool_neighbours_by_position():
+@pytest.mark.parametrize("in_order", [True, False])
+def test_the_host_may_say_whether_kvs_are_in_order(in_order):
+  """Nothing was evicted here, so either answer will do, and the device is not asked."""
+  rule, qkv = WindowAttention(queries=8), _random_qkv(1, 37)
+  _, state = _prefill(qkv, 37, None)
+  observation = Observation(jnp.asarray(qkv[0][:, -8:]), jnp.zeros((2, 8, HEADS * GROUP)))
+  run = functools.partial(score_observed, scale=SCALE, rule=rule)
+  arguments = (state, observation, jnp.int32(SLOT))
+  assert "cond[" in str(jax.make_jaxpr(run)(*arguments))
+  assert "cond[" not in str(jax.make_jaxpr(functools.partial(run, in_order=in_order))(*arguments))
+  found = _scores(_score_observed(*arguments, scale=SCALE, rule=rule, in_order=in_order))
+  np.testing.assert_array_equal(found, _scores(_score_observed(*arguments, scale=SCALE, rule=rule)))
+
+
+@pytest.mark.parametrize("in_order", [None, False])
+def test_scores_behind_an_eviction_replace_the_old_and_pool_neighbours_by_position(in_order):
   """Evictions move KVs about: a neighbour is still the next position that is held."""
   rule = WindowAttention(queries=8, pooling=3)
   qkv = _random_qkv(8, 37)
@@ -139,7 +154,8 @@ def test_scores_behind_an_eviction_replace_the_old_and_pool_neighbours_by_positi
     held[layer] = [(head, (logits[n * GROUP : (n + 1) * GROUP] ** 2).sum(axis=1)[:, head])
                    for n, head in enumerate(held[layer])]
   state = _score_observed(
-      poison(state), Observation(jnp.asarray(queries), jnp.asarray(log_sums)), jnp.int32(SLOT), scale=SCALE, rule=rule)
+      poison(state), Observation(jnp.asarray(queries), jnp.asarray(log_sums)), jnp.int32(SLOT), scale=SCALE, rule=rule,
+      in_order=in_order)
   for layer, head in np.ndindex(2, HEADS):
     positions, sums = held[layer][head]
     expected = sum(np.array([row[max(0, i - 1) : i + 2].max() for i in range(len(row))]) for row in sums)

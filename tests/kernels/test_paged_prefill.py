@@ -8,10 +8,10 @@ import pytest
 from prefill_problems import MUTATIONS, expected_attention, largest_error, make_problem, mutate
 
 from kvc_jax.kernels import backends, paged_prefill_cudnn
-from kvc_jax.kernels.paged_prefill import paged_prefill
+from kvc_jax.kernels.paged_prefill import bound_of_prefix, paged_prefill
 
 SCALE = 0.3
-_prefill = jax.jit(paged_prefill, static_argnames="scale")
+_prefill = jax.jit(paged_prefill, static_argnames=("scale", "most_prefix"))
 
 
 def _errors(problem, run, expected_from=None):
@@ -31,7 +31,7 @@ def _in_pieces(piece):
   return jax.jit(
       functools.partial(
           paged_prefill_cudnn.paged_prefill, config=paged_prefill_cudnn.Config(piece=piece), interpret=True),
-      static_argnames="scale")
+      static_argnames=("scale", "most_prefix"))
 
 
 @pytest.mark.parametrize("run", [_prefill, _in_pieces(1), _in_pieces(16), _in_pieces(1000)])
@@ -39,6 +39,31 @@ def _in_pieces(piece):
     ("lengths", "count"), [((0, 0), 24), ((0, 41), 24), ((52, 1), 9), ((16, 16), 1), ((33, 7, 0), 23)])
 def test_equals_dense_attention(run, lengths, count):
   assert max(_errors(make_problem(count, lengths, count=count), run)) < 3e-6
+
+
+@pytest.mark.parametrize(("lengths", "bound"), [((0, 0), 0), ((0, 41), 48), ((16, 3), 16), ((16, 3), 1000)])
+def test_a_bound_of_the_prefix_changes_nothing(lengths, bound):
+  problem = make_problem(1, lengths)
+  run = functools.partial(_in_pieces(48), most_prefix=bound)
+  assert max(_errors(problem, run)) < 3e-6
+  assert max(_errors(problem, functools.partial(_prefill, most_prefix=bound))) < 3e-6
+
+
+@pytest.mark.parametrize(("lengths", "bound", "asks"), [((0, 0), 0, False), ((9, 5), 48, False), ((9, 5), None, True)])
+def test_with_a_bound_nothing_is_left_to_ask(lengths, bound, asks):
+  """A branch or loop that depends on data makes the host wait for the device."""
+  run = functools.partial(_in_pieces(48), scale=SCALE, most_prefix=bound)
+  found = str(jax.make_jaxpr(run)(*make_problem(1, lengths).attention))
+  assert ("cond[" in found or "while[" in found) == asks
+
+
+def test_few_bounds():
+  kv, in_halves = jnp.zeros((4, 2, 16, 128), jnp.bfloat16), jnp.bfloat16
+  with backends.use("cudnn", (9, 0)):
+    bounds = [bound_of_prefix(tokens, kv, 4, in_halves) for tokens in (0, 1, 16_384, 16_385, 100_000)]
+  assert bounds == [0, 16_384, 16_384, None, None]
+  with backends.use("xla"):
+    assert bound_of_prefix(7, kv, 4, in_halves) is None
 
 
 @pytest.mark.parametrize(("group", "head_dim", "block_size"), [(1, 8, 16), (3, 10, 1), (16, 64, 8)])
