@@ -26,9 +26,9 @@ import numpy as np
 from kvc_jax.attention.prefill import init_observation
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.engine import steps
+from kvc_jax.kernels.paged_prefill import bound_of_prefix
 from kvc_jax.model.flat import FlatModel
 from kvc_jax.model.llama import unstack_layers
-from kvc_jax.sampling import SamplingArrays
 
 _STEPS = (1, 4, 16)
 _CHUNK = 2048
@@ -67,14 +67,16 @@ class _Calls:
         num_blocks=1 + heads * (slots * (-(-args.tokens // 16) + 64) + 2 * -(-_CHUNK // 16)),
         max_blocks_per_head=-(-longest // 16), num_heads=config.num_heads, dtype=jnp.bfloat16)
     self.model, self.slots, self.repeats = model, slots, 1 if args.tiny else args.repeats
+    self.state = init_cache(cache)
+    group = config.num_heads // config.num_kv_heads
     options = {} if jax.default_backend() == "cpu" else _LAUNCHES[launch]
     self.loop = functools.partial(jax.jit(
         steps.decode_loop.__wrapped__, static_argnames="rule", donate_argnames="state",
         compiler_options={} if jax.default_backend() == "cpu" else {**steps.DECODE_OPTIONS, **options}), rule=None)
     self.chunk = functools.partial(jax.jit(
-        steps.prefill_chunk.__wrapped__, static_argnames="rule", donate_argnames=("state", "observation"),
-        compiler_options=options), rule=None)
-    self.state = init_cache(cache)
+        steps.mixed_step.__wrapped__, static_argnames=("rule", "most_prefix"), donate_argnames=("state", "observation"),
+        compiler_options=options), rule=None,
+        most_prefix=bound_of_prefix(longest, self.state.kv, group, jnp.bfloat16))
     self.observation = init_observation(
         None, config.num_layers, config.num_heads, config.head_dim, cache.query_dtype)
     for slot in range(slots):
@@ -83,20 +85,14 @@ class _Calls:
     jax.block_until_ready(self.state)
 
   def _prefill(self, slot: int, count: int) -> None:
-    _, ok, self.state, self.observation = self.chunk(
-        self.model, self.state, self.observation, np.ones(_CHUNK, np.int32), np.int32(slot), np.int32(count))
-    self.ok = ok
+    found, self.state, self.observation = self.chunk(
+        self.model, self.state, self.observation, common.prompt_chunk(np.ones(_CHUNK, np.int32), slot, count),
+        common.decode_rows(np.zeros(self.slots, np.int32), 1))
+    self.ok = found.ok
 
   def _decode(self, count: int) -> None:
     """As the engine calls it: what tells the slots apart comes from the host each time."""
-    n, most = self.slots, max(_STEPS)
-    zeros: Any = np.zeros(n, np.int32)
-    rows = steps.DecodeRows(
-        tokens=zeros, limits=np.full(n, count, np.int32), given=np.full((n, most), -1, np.int32),
-        stop_ids=np.full((n, 16), -1, np.int32), logprobs=np.zeros(n, bool),
-        sampling=SamplingArrays(
-            temperature=np.zeros(n, np.float32), top_k=zeros, top_p=np.ones(n, np.float32),
-            min_p=np.zeros(n, np.float32), seed=np.zeros(n, np.uint32), step=zeros))
+    rows = common.decode_rows(np.full(self.slots, count, np.int32), max(_STEPS))
     found, self.state = self.loop(self.model, self.state, rows, np.int32(count))
     self.ok = found.counts[0] == count
 

@@ -28,7 +28,9 @@ from flax import nnx
 
 from kvc_jax.cache.state import CacheConfig, CacheState, init_cache
 from kvc_jax.config import LlamaConfig, RopeConfig
+from kvc_jax.engine.steps import DecodeRows, PromptChunk
 from kvc_jax.model.llama import Llama
+from kvc_jax.sampling import SamplingArrays
 from kvc_jax.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -287,6 +289,27 @@ def kv_bytes(state: CacheState) -> float:
   """Bytes of the KVs held in one layer, on average over the layers."""
   head_dim = state.kv.shape[-1]
   return int(np.asarray(state.lengths).sum()) * 2 * head_dim * state.kv.dtype.itemsize / state.num_layers
+
+
+def prompt_chunk(tokens: Any, slot: int, count: int) -> PromptChunk:
+  """A piece of a prompt, i32 [T], of which `count` are real; greedy."""
+  arrays: list[Any] = [tokens, np.int32(slot), np.int32(count), _greedy(1), np.zeros(1, bool)]
+  return PromptChunk(*arrays)
+
+
+def decode_rows(limits: np.ndarray, most: int) -> DecodeRows:
+  """Decode steps as the engine asks for them: `limits` i32 [S], each `most` or less; greedy, without stop ids."""
+  slots = len(limits)
+  arrays: list[Any] = [
+      np.zeros(slots, np.int32), limits, np.full((slots, most), -1, np.int32), np.full((slots, 16), -1, np.int32),
+      _greedy(slots), np.zeros(slots, bool)]
+  return DecodeRows(*arrays)
+
+
+def _greedy(rows: int) -> SamplingArrays:
+  zeros: Any = np.zeros(rows, np.int32)
+  floats: list[Any] = [np.full(rows, value, np.float32) for value in (0.0, 1.0, 0.0)]
+  return SamplingArrays(floats[0], zeros, floats[1], floats[2], zeros.astype(np.uint32), zeros)
 
 
 def llama_8b() -> LlamaConfig:

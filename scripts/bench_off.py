@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvc_jax.attention.prefill import Observation
 from kvc_jax.cache import alloc
 from kvc_jax.cache.state import CacheState
 from kvc_jax.engine import steps
@@ -31,12 +32,14 @@ from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.engine import Engine
 from kvc_jax.engine.request import SamplingParams
 from kvc_jax.engine.sequence import Sequence
+from kvc_jax.eviction.compression import Compression
 from kvc_jax.kernels.kv_write import kv_write
 from kvc_jax.kernels.paged_decode import paged_decode
 from kvc_jax.kernels.paged_prefill import paged_prefill
 from kvc_jax.kernels.scatter import apart
 from kvc_jax.model.flat import FlatModel
-from kvc_jax.model.llama import unstack_layers
+from kvc_jax.model.layers import Attend
+from kvc_jax.model.llama import Llama, unstack_layers
 
 
 def main() -> None:
@@ -122,15 +125,17 @@ class SharedBatch(Batch):
         tables=self.state.tables[:, :, :1], lengths=self.state.lengths[:, :, :1],
         free_ids=jnp.arange(blocks - 1, -1, -1, dtype=jnp.int32), free_count=jnp.asarray(blocks - 1, jnp.int32))
 
-  def prefill(self, sequence: Sequence, count: int) -> tuple[jax.Array, jax.Array]:
-    tokens = np.zeros(self.chunk_size, np.int32)
-    tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
-    logits, ok, self.state = _prefill(self._flat, self.state, tokens, np.int32(sequence.slot), np.int32(count))
-    sequence.prefilled += count
-    return logits, ok
+  def _mixed(
+      self, compression: Compression | None, chunk: steps.PromptChunk, rows: steps.DecodeRows, observation: Observation,
+      most_prefix: int | None,
+  ) -> tuple[steps.Mixed, Observation]:
+    assert compression is None
+    found, self.state = _mixed_step(self._flat, self.state, chunk, rows, most_prefix)
+    return found, observation
 
   def decode(self, sequences: list[Sequence], limits: list[int], num_steps: int) -> steps.Decoded:
-    found, self.state = _decode_loop(self._flat, self.state, self._rows(sequences, limits), np.int32(num_steps))
+    rows = self._rows(sequences, limits, self.steps_per_sync)
+    found, self.state = _decode_loop(self._flat, self.state, rows, np.int32(num_steps))
     return found
 
   def usage(self) -> steps.Usage:
@@ -143,32 +148,54 @@ def _usage(state: CacheState, heads: int) -> steps.Usage:
   return dataclasses.replace(found, held=heads * found.held, free=heads * found.free)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def _prefill(
-    model: FlatModel, state: CacheState, tokens: jax.Array, slot: jax.Array, count: jax.Array
-) -> tuple[jax.Array, jax.Array, CacheState]:
-  """`steps.prefill_chunk` with shared tables."""
-  llama = model.model()
+@functools.partial(jax.jit, static_argnames="most_prefix", donate_argnames="state")
+def _mixed_step(
+    model: FlatModel, state: CacheState, chunk: steps.PromptChunk, rows: steps.DecodeRows, most_prefix: int | None
+) -> tuple[steps.Mixed, CacheState]:
+  """`steps.mixed_step` with shared tables."""
+  llama, slot, width = model.model(), chunk.slot, chunk.tokens.shape[0]
   heads = jnp.arange(llama.config.num_kv_heads, dtype=jnp.int32)
-  state, ok = _allocate(state, slot[None], count[None], -(-tokens.shape[0] // state.block_size))
-  count = jnp.where(ok[0], count, 0)
-  row = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-  positions = state.num_tokens[slot] - count + row
+  state, (ok,) = _allocate(state, slot[None], chunk.count[None], -(-width // state.block_size))
+  count = jnp.where(ok, chunk.count, 0)
+  state, rows_ok, decode = _decoding(state, llama, rows.limits > 0)
+  row = jnp.arange(width, dtype=jnp.int32)
+  at = state.num_tokens[slot] - count + row
   tables = (state.tables[:, slot] * len(heads) + heads[:, None])[:, None]  # [L, 1, H, M]
-  offsets = jnp.broadcast_to((positions % state.block_size)[:, None], (len(row), len(heads)))
+  offsets = jnp.broadcast_to((at % state.block_size)[:, None], (len(row), len(heads)))
   prefix = jnp.broadcast_to(state.num_tokens[slot] - count, heads.shape)
 
   def attend(layer, q, k, v, kv):
-    block = apart(
-        state.tables[layer, slot, 0, positions // state.block_size], row < count, kv.shape[0] // len(heads))
-    kv = kv_write(kv, k, v, block[:, None] * len(heads) + heads, offsets)
+    block = apart(state.tables[layer, slot, 0, at // state.block_size], row < count, kv.shape[0] // len(heads))
+    kv = kv_write(kv, k[:width], v[:width], block[:, None] * len(heads) + heads, offsets)
     out, _ = paged_prefill(
-        q, k, v, kv, tables, prefix, layer, jnp.int32(0), count, scale=llama.config.head_dim**-0.5)
+        q[:width], k[:width], v[:width], kv, tables, prefix, layer, jnp.int32(0), count,
+        scale=llama.config.head_dim**-0.5, most_prefix=most_prefix)
+    decoded, kv = decode(layer, q[width:], k[width:], v[width:], kv)
+    return jnp.concatenate([out, decoded]), kv
+
+  positions = jnp.concatenate([at, jnp.maximum(state.num_tokens - 1, 0)])
+  found, kv = steps.run_mixed(llama, chunk, rows, (ok, rows_ok), positions, attend, state.kv)
+  return found, _with_pool(state, kv)
+
+
+def _decoding(state: CacheState, llama: Llama, active: jax.Array) -> tuple[CacheState, jax.Array, Attend]:
+  """Makes room for one token of each active slot; returns ok bool [S] too, and the attention of one layer."""
+  heads, slots = (jnp.arange(count, dtype=jnp.int32) for count in (llama.config.num_kv_heads, state.num_slots))
+  state, ok = _allocate(state, slots, active.astype(jnp.int32), 1)
+  ok &= active
+  tables = state.tables * len(heads) + heads[:, None]
+  lengths = jnp.where(ok[:, None], state.lengths, 0)
+  lengths_of_heads = jnp.broadcast_to(lengths, tables.shape[:3])
+  last = jnp.maximum(state.num_tokens - 1, 0)
+  offsets = jnp.broadcast_to((last % state.block_size)[:, None], (len(slots), len(heads)))
+
+  def attend(layer, q, k, v, kv):
+    block = apart(state.tables[layer, slots, 0, last // state.block_size], ok, kv.shape[0] // len(heads))
+    kv = kv_write(kv, k, v, block[:, None] * len(heads) + heads, offsets)
+    out, *_ = paged_decode(q, kv, tables, lengths_of_heads, layer, scale=llama.config.head_dim**-0.5)
     return out, kv
 
-  hidden, kv = llama(tokens, positions, attend, state.kv)
-  last = hidden[jnp.maximum(count - 1, 0)]
-  return llama.logits(last[None])[0], ok[0], _with_pool(state, kv)
+  return state, ok, attend
 
 
 @functools.partial(jax.jit, donate_argnames="state", compiler_options=steps.DECODE_OPTIONS)
@@ -177,25 +204,10 @@ def _decode_loop(
 ) -> tuple[steps.Decoded, CacheState]:
   """`steps.decode_loop` with shared tables."""
   llama = model.model()
-  heads = jnp.arange(llama.config.num_kv_heads, dtype=jnp.int32)
 
   def decode(state, tokens, active):
-    slots = jnp.arange(state.num_slots, dtype=jnp.int32)
-    state, ok = _allocate(state, slots, active.astype(jnp.int32), 1)
-    ok &= active
-    tables = state.tables * len(heads) + heads[:, None]
-    lengths = jnp.where(ok[:, None], state.lengths, 0)
-    lengths_of_heads = jnp.broadcast_to(lengths, tables.shape[:3])
-    last = jnp.maximum(state.num_tokens - 1, 0)
-    offsets = jnp.broadcast_to((last % state.block_size)[:, None], (len(slots), len(heads)))
-
-    def attend(layer, q, k, v, kv):
-      block = apart(state.tables[layer, slots, 0, last // state.block_size], ok, kv.shape[0] // len(heads))
-      kv = kv_write(kv, k, v, block[:, None] * len(heads) + heads, offsets)
-      out, *_ = paged_decode(q, kv, tables, lengths_of_heads, layer, scale=llama.config.head_dim**-0.5)
-      return out, kv
-
-    hidden, kv = llama(tokens, last, attend, state.kv)
+    state, ok, attend = _decoding(state, llama, active)
+    hidden, kv = llama(tokens, jnp.maximum(state.num_tokens - 1, 0), attend, state.kv)
     return llama.logits(hidden), ok, _with_pool(state, kv)
 
   return steps.run_loop(decode, state, rows, num_steps, llama.config.vocab_size)

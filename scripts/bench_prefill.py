@@ -166,11 +166,17 @@ def _compile_chunk(model, layers: int, tokens: int, rule) -> Callable[..., Any]:
   state = jax.eval_shape(lambda: _cache(layers, tokens, "none")[0])
   observation = jax.eval_shape(lambda: _observe(rule, layers))
   ids = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-  return steps.prefill_chunk.lower(model, state, observation, ids, _ZERO, jnp.int32(tokens), rule=rule).compile()
+  return steps.mixed_step.lower(
+      model, state, observation, bench_common.prompt_chunk(ids, 0, tokens), _no_rows(state), rule=rule).compile()
+
+
+def _no_rows(state: CacheState) -> steps.DecodeRows:
+  """A decode step of nobody beside the chunk."""
+  return bench_common.decode_rows(np.zeros(state.num_slots, np.int32), 1)
 
 
 def _compile_chunks(model, tokens: int, rules: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
-  """`prefill_chunk` for each rule, compiled side by side."""
+  """`mixed_step` for each rule, compiled side by side."""
   # XLA times algorithms for products while it compiles, and keeps the answer: one layer
   # settles them all while nothing else runs.
   one = dataclasses.replace(CONFIG, num_layers=1)
@@ -187,8 +193,10 @@ def _time_chunk(run, model, tokens: int, kind: str, rule) -> tuple[Timing, Cache
 
   def step(carry):
     observation = _observe(rule, CONFIG.num_layers)
-    logits, ok, state, observation = run(model, _rewind(carry[0], start), observation, ids, _ZERO, jnp.int32(tokens))
-    return state, observation, logits, ok
+    state = _rewind(carry[0], start)
+    found, state, observation = run(
+        model, state, observation, bench_common.prompt_chunk(ids, 0, tokens), _no_rows(state))
+    return state, observation, found.logits, found.ok
 
   timing, (state, observation, logits, ok) = time_calls(step, (state,), repeats=1, rounds=5)
   assert bool(ok), "the chunk did not get its blocks"
@@ -197,7 +205,7 @@ def _time_chunk(run, model, tokens: int, kind: str, rule) -> tuple[Timing, Cache
 
 
 def chunk_rows(tokens: int, peak: float) -> Iterator[dict[str, Any]]:
-  """`prefill_chunk` of the whole model, over each kind of prefix and with each way to score."""
+  """`mixed_step` of the whole model, without decode rows, over each kind of prefix and with each way to score."""
   model = unstack_layers(bench_common.random_model(CONFIG))  # as the engine does on a GPU
   window, full, scale = WindowAttention(), FullAttention(), CONFIG.head_dim**-0.5
   programs = _compile_chunks(model, tokens, (None, window, full))

@@ -23,7 +23,7 @@ nothing else takes time.
 
 `prefill_s`, `decode_s` and `eviction_s` (scoring of prompts and evictions) are device time within `seconds_run`: one
 engine step in 24, drawn at random, waits for the device before and behind each call; the mean time of a
-chunk, a decode step and an eviction call, times how many there were. `other_s` is the rest: the host where the
+chunk (with the decode step beside it), a decode step and an eviction call, times how many there were. `other_s` is the rest: the host where the
 device waited for it, and swaps; it is below 0 where more of a call's own way to the device was hidden.
 The waits cost about half a percent.
 
@@ -170,6 +170,17 @@ class Point:
     chunk = 0 if self.compression is None else self.cache.blocks_for(min(self.args.chunk_size, self.length))
     most = (self.num_blocks - 1 - chunk) // self._blocks_held()
     self.batch = max(1, min(self.args.prompts, _SLOTS[-1], most))
+    # Few sizes, so that points share programs; a decode step reads the weights whatever the number of its rows.
+    self.slots = next((slots for slots in _SLOTS if slots >= self.batch * 5 // 4), _SLOTS[-1])
+    self.chunk_size = self._chunk_size()
+    if self.compression is not None:
+      self.compression = dataclasses.replace(self.compression, prefill_interval=self.chunk_size)
+
+  def _chunk_size(self) -> int:
+    """So that a chunk and a row for each slot are what was asked for, where a prompt takes no more chunks then."""
+    whole = min(self.args.chunk_size, self.length)
+    left = whole - self.slots
+    return left if left > 0 and -(-self.length // left) == -(-self.length // whole) else whole
 
   def _blocks_held(self) -> int:
     """Blocks of one sequence in the middle of its output."""
@@ -209,11 +220,9 @@ class Point:
   def run(self) -> dict[str, Any]:
     """Serves the prompts once and returns the row."""
     args = self.args
-    # Few sizes, so that points share programs; a decode step reads the weights whatever the number of its rows.
-    slots = next((slots for slots in _SLOTS if slots >= self.batch * 5 // 4), _SLOTS[-1])
     engine = Engine(
         self.model, tokenizer=common.endless_tokenizer(), max_model_len=self.length + args.output,
-        max_num_seqs=slots, chunk_size=min(args.chunk_size, self.length), num_blocks=self.num_blocks,
+        max_num_seqs=self.slots, chunk_size=self.chunk_size, num_blocks=self.num_blocks,
         chunks_per_step=args.chunks_per_step, steps_per_sync=args.steps_per_sync, plan_ahead=_PLAN_AHEAD)
     start = time.perf_counter()
     engine.warm_up(kinds=[self.compression])
@@ -247,7 +256,7 @@ class _Parts:
     self._units: collections.Counter[str] = collections.Counter()
     self._timed: collections.Counter[str] = collections.Counter()
     self._seconds: dict[str, float] = collections.defaultdict(float)
-    self._wrap("prefill", "prefill", lambda args, result: 1)
+    self._wrap("mixed", "prefill", lambda args, result: 1)
     self._wrap("decode", "decode", lambda args, result: max(args[1]))  # steps: the longest of the limits
     self._wrap("score", "eviction, scores", lambda args, result: 1)
     self._wrap("compress", "eviction", lambda args, result: len(result))

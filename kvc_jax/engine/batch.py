@@ -21,7 +21,7 @@ from kvc_jax.kernels.paged_prefill import bound_of_prefix
 from kvc_jax.model.flat import FlatModel
 from kvc_jax.model.llama import Llama
 from kvc_jax.model.rope import inverse_frequencies
-from kvc_jax.sampling import Logprobs, SamplingArrays
+from kvc_jax.sampling import SamplingArrays
 
 _EVICT_TOKENS = 32_768
 _NO_MASS = 2.0
@@ -87,23 +87,57 @@ class Batch:
     sequence.slot = self._free_slots.pop()
 
   def prefill(self, sequence: Sequence, count: int) -> tuple[jax.Array, jax.Array]:
-    """Runs the next `count` prompt tokens, at most a chunk.
+    """Runs the next `count` prompt tokens, at most a chunk, and nothing beside them.
 
     The caller has checked that their blocks are free.
 
     Returns:
       Logits f32 [V] behind them, and ok bool []: whether the blocks were there.
     """
-    rule = prefill_rule(sequence.compression)
+    found = self.mixed(sequence, count, [])
+    return found.logits, found.ok
+
+  def mixed(
+      self, sequence: Sequence, count: int, riders: list[Sequence], before: steps.Decoded | None = None
+  ) -> steps.Mixed:
+    """Runs the next `count` prompt tokens of a sequence, at most a chunk, and beside them a decode step of others.
+
+    The caller has checked that the chunk's blocks are free.
+
+    Args:
+      sequence: in its prompt.
+      count: tokens.
+      riders: sequences that decode; each has no decode rule, or that of `sequence`.
+      before: of the call that the riders with steps `ahead` are in.
+    """
     if sequence.observation is None:
-      sequence.observation = self._new_observation(rule)
+      sequence.observation = self._new_observation(prefill_rule(sequence.compression))
     tokens = np.zeros(self.chunk_size, np.int32)
     tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
-    logits, ok, self.state, sequence.observation = steps.prefill_chunk(
-        self._flat, self.state, sequence.observation, tokens, np.int32(sequence.slot), np.int32(count), rule=rule,
-        most_prefix=self._bound_of_prefix(sequence.prefilled))
+    rows = self._rows(riders, [1] * len(riders), 1)
+    asked = np.zeros(self.config.num_slots, np.int32)
+    asked[[s.slot for s in riders]] = [s.ahead for s in riders]
+    if before is not None and asked.any():
+      rows = steps.follow(rows, before, asked)
+    found, sequence.observation = self._mixed(
+        sequence.compression, self._chunk(tokens, sequence.slot, count, sequence), rows, sequence.observation,
+        self._bound_of_prefix(sequence.prefilled))
     sequence.prefilled += count
-    return logits, ok
+    return found
+
+  def _mixed(
+      self, compression: Compression | None, chunk: steps.PromptChunk, rows: steps.DecodeRows, observation: Observation,
+      most_prefix: int | None,
+  ) -> tuple[steps.Mixed, Observation]:
+    found, self.state, observation = steps.mixed_step(
+        self._flat, self.state, observation, chunk, rows, rule=prefill_rule(compression),
+        decode_rule=decode_rule(compression), most_prefix=most_prefix)
+    return found, observation
+
+  def _chunk(self, tokens: Any, slot: int, count: int, sequence: Sequence | None) -> steps.PromptChunk:
+    wanted = sequence is not None and sequence.params.logprobs is not None
+    arrays: list[Any] = [tokens, np.int32(slot), np.int32(count), self._sampling([sequence]), np.array([wanted])]
+    return steps.PromptChunk(*arrays)
 
   def _new_observation(self, rule: ScoringRule | None) -> Observation:
     shape = self.model.config
@@ -131,11 +165,14 @@ class Batch:
 
   def compile_prefill(self, compression: Compression | None, max_model_len: int) -> None:
     """Runs all that prefilling a prompt of this kind can need, on an empty slot, which changes nothing."""
-    slot, rule = self._free_slots[-1], prefill_rule(compression)
-    observation, tokens = self._new_observation(rule), np.zeros(self.chunk_size, np.int32)
+    slot, tokens = self._free_slots[-1], np.zeros(self.chunk_size, np.int32)
+    observation = self._new_observation(prefill_rule(compression))
+    rows = self._rows([], [], 1)
     for most_prefix in {self._bound_of_prefix(most) for most in (0, 1, max_model_len - 1)}:
-      _, _, self.state, observation = steps.prefill_chunk(
-          self._flat, self.state, observation, tokens, np.int32(slot), np.int32(0), rule=rule, most_prefix=most_prefix)
+      for _ in range(2):  # rows from the host, and from the device
+        found, observation = self._mixed(
+            compression, self._chunk(tokens, slot, 0, None), rows, observation, most_prefix)
+        rows = steps.follow(self._rows([], [], 1), found.decoded, np.zeros(self.config.num_slots, np.int32))
     if compression is not None and compression.scoring.observed in ("last", "moments"):
       for in_order in (True, False):
         self._score(observation, slot, compression.scoring, in_order=in_order)
@@ -149,23 +186,28 @@ class Batch:
     rules = {rule for s in sequences if (rule := decode_rule(s.compression)) is not None}
     assert len(rules) <= 1, "sequences of one decode call score by different rules"
     found, self.state = steps.decode_loop(
-        self._flat, self.state, self._rows(sequences, limits), np.int32(num_steps), rule=next(iter(rules), None))
+        self._flat, self.state, self._rows(sequences, limits, self.steps_per_sync), np.int32(num_steps),
+        rule=next(iter(rules), None))
     return found
 
-  def _rows(self, sequences: list[Sequence], limits: list[int]) -> steps.DecodeRows:
+  def _rows(self, sequences: list[Sequence], limits: list[int], most: int) -> steps.DecodeRows:
+    """What a call of at most so many steps is to do; the token of a sequence that has steps `ahead` may be missing."""
     slots = self.config.num_slots
     # NumPy arrays go to the device with the call itself, which is quicker than a transfer of their own.
     tokens: Any = np.zeros(slots, np.int32)
     allowed: Any = np.zeros(slots, np.int32)
     wanted: Any = np.zeros(slots, bool)
-    given: Any = np.full((slots, self.steps_per_sync), -1, np.int32)
+    given: Any = np.full((slots, most), -1, np.int32)
     stop_ids: Any = np.full((slots, _STOP_IDS), -1, np.int32)
     sampled: list[Sequence | None] = [None] * slots
     for sequence, limit in zip(sequences, limits, strict=True):
       at = sequence.slot
-      tokens[at], allowed[at] = sequence.token_ids[sequence.steps], limit
-      ahead = sequence.token_ids[sequence.steps + 1 :][: self.steps_per_sync]
-      given[at, : len(ahead)] = ahead
+      done = sequence.steps + sequence.ahead
+      known = sequence.token_ids[done : done + 1 + most]
+      if known:
+        tokens[at] = known[0]
+      allowed[at] = limit
+      given[at, : max(len(known) - 1, 0)] = known[1:]
       stops = list(sequence.stop_ids)[:_STOP_IDS]
       stop_ids[at, : len(stops)] = stops
       wanted[at] = sequence.params.logprobs is not None
@@ -173,11 +215,6 @@ class Batch:
     return steps.DecodeRows(
         tokens=tokens, limits=allowed, given=given, stop_ids=stop_ids, sampling=self._sampling(sampled),
         logprobs=wanted)
-
-  def first_token(self, logits: jax.Array, sequence: Sequence) -> tuple[jax.Array, Logprobs]:
-    """Draws the token behind the prompt: i32 [1], and its log-probabilities where wanted."""
-    wanted = np.array([sequence.params.logprobs is not None])
-    return steps.first_token(logits, self._sampling([sequence]), wanted)
 
   def _sampling(self, sequences: Sequences[Sequence | None]) -> SamplingArrays:
     rows = [_sampling_row(s, self.model.config.vocab_size) for s in sequences]
@@ -338,7 +375,7 @@ def _sampling_row(sequence: Sequence | None, vocab_size: int) -> tuple[float, ..
     return (0.0, 0, 1.0, 0.0, 0, 0)
   params = sequence.params
   # The token behind a prompt is the first; behind decode step n, counted from 0, comes token n + 1.
-  step = sequence.steps + 1 if sequence.token_ids else 0
+  step = sequence.steps + sequence.ahead + 1 if sequence.token_ids else 0
   return (params.temperature, min(max(params.top_k, 0), vocab_size), params.top_p, params.min_p, params.seed or 0,
           step)
 

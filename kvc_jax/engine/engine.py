@@ -30,7 +30,7 @@ from kvc_jax.engine.prefix_cache import PrefixCache
 from kvc_jax.engine.request import EngineStats, FinishReason, SamplingParams, Update
 from kvc_jax.engine.scheduler import Scheduler
 from kvc_jax.engine.sequence import Sequence
-from kvc_jax.engine.steps import Usage
+from kvc_jax.engine.steps import Decoded, Usage
 from kvc_jax.errors import InputError, QueueFull, check_count, check_real
 from kvc_jax.eviction.compression import Compression
 from kvc_jax.eviction.score import ScoringRule, check_rule
@@ -180,6 +180,9 @@ class Engine:
     self._flight: Flight | None = None  # what is being dispatched
     self._sealed: Flight | None = None  # what was dispatched before that, and not read yet
     self._chunks_ahead = 0  # prompt chunks of the next step that were dispatched already
+    self._ride: Decoded | None = None  # of the decode step beside the newest chunk
+    self._riders: list[Sequence] = []  # those that had a part in it
+    self._riding: set[ScoringRule | None] = set()  # decode rules of those that go beside a chunk of this step
     self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
     self._stalled = False  # a sequence got no block, and none has come back since
     self._prefixes = PrefixCache(self._prefix_interval, self.batch.drop) if self.config.sharing else None
@@ -405,12 +408,16 @@ class Engine:
     self._stalled = False
 
   def _run(self) -> None:
-    """Dispatches prompt chunks, then decode steps; a chunk of the next step's then keeps the device busy."""
+    """Dispatches prompt chunks with a decode step in the first, then what decode steps have no part in that one.
+
+    A chunk of the next step's then keeps the device busy.
+    """
     ahead, self._chunks_ahead = self._chunks_ahead, 0
     prefilled = [self._prefill_chunk() for _ in range(self._chunks_per_step - ahead)]
     prefills = ahead > 0 or any(prefilled)
     self._decode(1 if prefills else self.batch.steps_per_sync)
     self._seal()
+    self._riding.clear()
     if prefills:
       self._prefill_ahead()
 
@@ -506,8 +513,11 @@ class Engine:
     """Notes the steps [S] and tokens [K, S] of one loop; returns how many new tokens each sequence got."""
     news = []
     logprobs = dispatched.logprobs()
-    for sequence, limit in zip(dispatched.sequences, dispatched.limits, strict=True):
-      count, slot = int(counts[sequence.slot]), sequence.slot
+    for sequence, slot, limit in zip(dispatched.sequences, dispatched.slots, dispatched.limits, strict=True):
+      sequence.ahead -= limit
+      if sequence.finish_reason:  # it went on until that was seen
+        continue
+      count = int(counts[slot])
       known = len(sequence.token_ids) - 1 - sequence.steps  # run again, not drawn
       sequence.steps += count
       tokens = [int(token) for token in drawn[known:count, slot]]
@@ -569,7 +579,7 @@ class Engine:
   def _make_room_to_start(self) -> None:
     """Compresses on demand where that lets the first of those that wait start."""
     running = self._scheduler.running
-    shrinkable = [s for s in running if s.decodes and s.compression and s.compression.on_demand]
+    shrinkable = [s for s in running if s.decodes and not s.ahead and s.compression and s.compression.on_demand]
     excess = {s: footprint.excess_blocks(self.config, s) for s in shrinkable}
     lacking = self._scheduler.blocks_lacking() if self._scheduler.fits_ahead() else 0
     if 0 < lacking <= sum(excess.values()):
@@ -684,11 +694,11 @@ class Engine:
     if sequence is None:
       return False
     count, blocks = self._next_piece(sequence)
-    if blocks - sequence.held_blocks > self._scheduler.free_blocks:
+    if blocks - sequence.held_blocks + self._scheduler.blocks_ahead > self._scheduler.free_blocks:
       if len(self._scheduler.running) == 1 and self._flight is None:  # nobody will free any
         self._finish(sequence, "cache_full")
       return False  # until others have ended
-    self._prefill(sequence, count, blocks)
+    self._prefill(sequence, count, blocks, [s for s in self._scheduler.running if not s.ahead])
     return True
 
   def _prefill_ahead(self) -> None:
@@ -700,9 +710,9 @@ class Engine:
     if sequence is None or self._prefixes is not None:
       return
     count, blocks = self._next_piece(sequence)
-    decoded = sum(s.decodes for s in self._scheduler.running) * self.config.heads_per_sequence
-    if blocks - sequence.held_blocks + decoded <= self._scheduler.free_blocks:
-      self._prefill(sequence, count, blocks)
+    if blocks - sequence.held_blocks + self._scheduler.blocks_ahead <= self._scheduler.free_blocks:
+      self._prefill(
+          sequence, count, blocks, [s for s in self._scheduler.running if not s.ahead or s in self._riders])
       self._chunks_ahead = 1
 
   def _next_piece(self, sequence: Sequence) -> tuple[int, int]:
@@ -711,12 +721,17 @@ class Engine:
     count = footprint.next_piece(sequence, self.batch.chunk_size, self._prefix_interval if cached else None)
     return count, footprint.blocks_behind(self.config, sequence, count)
 
-  def _prefill(self, sequence: Sequence, count: int, blocks: int) -> None:
-    """Dispatches a chunk, and what comes behind it."""
+  def _prefill(self, sequence: Sequence, count: int, blocks: int, others: list[Sequence]) -> None:
+    """Dispatches a chunk, a decode step of those of the others that can go beside it, and what comes behind it."""
     self._claim(sequence, blocks)
-    logits, ok = self.batch.prefill(sequence, count)
+    self._riding |= {None, decode_rule(sequence.compression)}
+    self._riders = [s for s in others if s.decodes and s.steps_left(self.max_model_len) > 0
+                    and decode_rule(s.compression) in (None, decode_rule(sequence.compression))]
+    found = self.batch.mixed(sequence, count, self._riders, self._ride)
+    self._ride = found.decoded
+    self._in_flight.decodes(self._riders, [1] * len(self._riders), found.decoded)
     self._counts["prompt_tokens"] += count
-    self._in_flight.given.append(ok)
+    self._in_flight.given.append(found.ok)
     self._in_flight.given_to.append(sequence)
     ends, interval = sequence.prefilled == len(sequence.prompt), sequence.prefill_interval
     if sequence.compression and (ends or (interval and sequence.prefilled % interval == 0)):
@@ -727,13 +742,12 @@ class Engine:
     if ends:
       sequence.observation = None
       if not sequence.token_ids:
-        token, logprobs = self.batch.first_token(logits, sequence)
         wanted = sequence.params.logprobs is not None
-        self._in_flight.first.append(First(sequence, token, logprobs if wanted else None))
+        self._in_flight.first.append(First(sequence, found.token, found.logprobs if wanted else None))
 
   def _decode(self, most_steps: int) -> None:
-    """Dispatches decode steps, once for each way of keeping scores."""
-    rows = [s for s in self._scheduler.running if s.decodes]
+    """Dispatches decode steps, once for each way of keeping scores, of those that go beside no chunk."""
+    rows = [s for s in self._scheduler.running if s.decodes and decode_rule(s.compression) not in self._riding]
     most_steps = worthwhile_steps([min(s.steps_left(self.max_model_len), most_steps) for s in rows])
     groups = collections.defaultdict(list)
     for sequence in rows:
@@ -744,7 +758,7 @@ class Engine:
       group += plain  # whoever needs no scores goes with the first group
       plain = []
       limits = [min(s.steps_left(self.max_model_len), most_steps) for s in group]
-      self._in_flight.decoded.append(Dispatched(group, limits, self.batch.decode(group, limits, most_steps)))
+      self._in_flight.decodes(group, limits, self.batch.decode(group, limits, most_steps))
 
   # ---------------------------------------------------------------------------- state
 

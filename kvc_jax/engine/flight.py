@@ -40,9 +40,10 @@ class First:
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-  """A loop of decode steps."""
+  """Decode steps that were dispatched: at most `limits` of each sequence, in the slot that it had then."""
 
   sequences: list[Sequence]
+  slots: list[int]
   limits: list[int]
   found: Decoded
 
@@ -96,6 +97,12 @@ class Flight:
   def _arrays(self) -> Any:
     return ([(d.found.counts, d.found.tokens) for d in self.decoded], [f.token for f in self.first],
             [freed for _, freed in self.evicted], self.given)
+
+  def decodes(self, sequences: list[Sequence], limits: list[int], found: Decoded) -> None:
+    """Takes decode steps, which their sequences are `ahead` by from now on."""
+    self.decoded.append(Dispatched(sequences, [s.slot for s in sequences], limits, found))
+    for sequence, limit in zip(sequences, limits, strict=True):
+      sequence.ahead += limit
 
   def seal(self, usage: Usage) -> None:
     """Takes what the cache holds behind it, and starts the copies to the host."""

@@ -33,6 +33,11 @@ class Scheduler:
     """The sequence whose prompt is not all in the cache yet; there is one at most."""
     return next((s for s in self.running if s.prefilled < len(s.prompt) and not s.finish_reason), None)
 
+  @property
+  def blocks_ahead(self) -> int:
+    """Most blocks that decode steps take whose results nobody has read yet."""
+    return sum(s.ahead for s in self.running) * self._config.heads_per_sequence
+
   def next_to_start(self) -> Sequence | None:
     """The first in the queue, where blocks are free for it; None while another is prefilled.
 

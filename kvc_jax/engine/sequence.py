@@ -46,6 +46,7 @@ class Sequence:
     logprobs: one for each of them, where asked for.
     steps: decode steps done; fewer than len(token_ids) - 1 while a sequence that
       started over catches up with what it had generated.
+    ahead: decode steps dispatched beyond those, whose results nobody has read yet.
     held_blocks: when results were last read.
     compressions: evictions run.
     freed_blocks: blocks that they gave back.
@@ -74,6 +75,7 @@ class Sequence:
   token_ids: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
   steps: int = 0
+  ahead: int = 0
   held_blocks: int = 0
   compressions: int = 0
   freed_blocks: int = 0
@@ -107,15 +109,16 @@ class Sequence:
     return bool(interval and self.steps and self.steps % interval == 0 and self.compressed_at != self.tokens_seen)
 
   def steps_left(self, max_model_len: int) -> int:
-    """Decode steps to the next compression that is due, or to the end."""
+    """Decode steps to the next compression that is due, or to the end, behind those that are ahead."""
     last = min(self.params.max_tokens, max_model_len - len(self.prompt)) - 1
     left = last - self.steps
     interval = self.compression.interval if self.compression else None
-    return left if interval is None else min(left, interval - self.steps % interval)
+    left = left if interval is None else min(left, interval - self.steps % interval)
+    return left - self.ahead
 
   def restart(self) -> None:
     """Goes back to the prompt; what was generated stays and is run again, not drawn again."""
-    self.prefilled = self.steps = self.compressions = self.freed_blocks = 0
+    self.prefilled = self.steps = self.ahead = self.compressions = self.freed_blocks = 0
     self.compressed_at = -1
     self.observation, self.has_gaps, self.shares = None, False, False
 

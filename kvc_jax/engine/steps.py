@@ -1,4 +1,4 @@
-"""The jitted steps: prefill a chunk, decode tokens for every slot, score, compress, release.
+"""The jitted steps: a prompt's chunk beside a decode step, decode tokens for every slot, score, compress, release.
 
 Each takes the cache and gives it back, donated, so the pool is updated in place.
 """
@@ -6,6 +6,7 @@ Each takes the cache and gives it back, donated, so the pool is updated in place
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from kvc_jax.eviction.shares import Allocation
 from kvc_jax.eviction.step import Eviction
 from kvc_jax.eviction.step import evict as evict_step
 from kvc_jax.model.flat import FlatModel
+from kvc_jax.model.layers import Attend
 from kvc_jax.model.llama import Llama, output_projections
 from kvc_jax.sampling import Logprobs, SamplingArrays, logprobs_of, most_ranks, sample
 
@@ -34,13 +36,6 @@ DECODE_OPTIONS = {
 }
 """Compiler options of a decode step; only an outermost jit may have any."""
 
-LOOP_OPTIONS = DECODE_OPTIONS | {
-    # XLA's own choice and WHILE: the whole loop is one CUDA graph, where XLA would have the host ask before each step
-    # whether there is another one, and not return before the last.
-    "xla_gpu_enable_command_buffer":
-        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-}
-"""Compiler options of a loop of decode steps."""
 
 
 def _whole(model: Llama | FlatModel) -> Llama:
@@ -53,51 +48,6 @@ def new_observation(
 ) -> Observation:
   """`kvc_jax.attention.prefill.init_observation` as one program: one call for all of its arrays."""
   return init_observation(rule, num_layers, num_heads, head_dim, dtype, frequencies)
-
-
-@functools.partial(jax.jit, static_argnames=("rule", "most_prefix"), donate_argnames=("state", "observation"))
-def prefill_chunk(
-    model: Llama | FlatModel,
-    state: CacheState,
-    observation: Observation,
-    tokens: jax.Array,
-    slot: jax.Array,
-    count: jax.Array,
-    *,
-    rule: ScoringRule | None,
-    most_prefix: int | None = None,
-) -> tuple[jax.Array, jax.Array, CacheState, Observation]:
-  """Runs one chunk of one prompt.
-
-  Args:
-    model: the model.
-    state: the cache; donated.
-    observation: of the chunks before; donated.
-    tokens: i32 [T] of a fixed T; from `count` on padding.
-    slot: i32 [].
-    count: i32 [], 1..T.
-    rule: None where the prompt will not be compressed.
-    most_prefix: as for `prefill_attention`.
-
-  Returns:
-    Logits f32 [V] behind the chunk's last token; ok bool [] (False: no blocks,
-    and the cache is as before); the cache; the observation.
-  """
-  model = _whole(model)
-  state, ok = alloc.allocate(state, slot[None], count[None], max_count=tokens.shape[0])
-  count = jnp.where(ok[0], count, 0)
-  positions = state.num_tokens[slot] - count + jnp.arange(tokens.shape[0], dtype=jnp.int32)
-  scale = model.config.head_dim**-0.5
-
-  def attend(layer, q, k, v, carry):
-    state, observation = carry
-    out, state, observation = prefill_attention(
-        state, observation, layer, q, k, v, slot=slot, count=count, scale=scale, rule=rule, most_prefix=most_prefix)
-    return out, (state, observation)
-
-  hidden, (state, observation) = model(tokens, positions, attend, (state, observation))
-  last = hidden[jnp.maximum(count - 1, 0)]
-  return model.logits(last[None])[0], ok[0], state, observation
 
 
 @functools.partial(
@@ -182,7 +132,7 @@ class Decoded:
 
 
 @functools.partial(
-    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=LOOP_OPTIONS)
+    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=DECODE_OPTIONS)
 def decode_loop(
     model: Llama | FlatModel, state: CacheState, rows: DecodeRows, num_steps: jax.Array, *, rule: ScoringRule | None
 ) -> tuple[Decoded, CacheState]:
@@ -256,13 +206,134 @@ def _note(found: Decoded, token: jax.Array, ok: jax.Array, logprobs: Logprobs) -
       found.counts + ok, put(found.tokens, token), jax.tree.map(put, found.logprobs, logprobs))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptChunk:
+  """The next piece of a prompt.
+
+  Attributes:
+    tokens: i32 [T] of a fixed T; from `count` on padding.
+    slot: i32 [] of its sequence.
+    count: i32 [], 1..T; with 0 nothing is prefilled.
+    sampling: [1] how to draw the token behind the piece, which counts where the prompt ends there.
+    logprobs: bool [1] whether that token's log-probabilities are wanted.
+  """
+
+  tokens: jax.Array
+  slot: jax.Array
+  count: jax.Array
+  sampling: SamplingArrays
+  logprobs: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+  """What came of a prompt's chunk and the decode step beside it.
+
+  Attributes:
+    ok: bool []; False: no blocks for the chunk, whose sequence is as before.
+    logits: f32 [V] behind the chunk's last token.
+    token: i32 [1] drawn from them.
+    logprobs: [1] of that token.
+    decoded: of the decode step, K = 1.
+  """
+
+  ok: jax.Array
+  logits: jax.Array
+  token: jax.Array
+  logprobs: Logprobs
+  decoded: Decoded
+
+
+@functools.partial(
+    jax.jit, static_argnames=("rule", "decode_rule", "most_prefix"), donate_argnames=("state", "observation"))
+def mixed_step(
+    model: Llama | FlatModel,
+    state: CacheState,
+    observation: Observation,
+    chunk: PromptChunk,
+    rows: DecodeRows,
+    *,
+    rule: ScoringRule | None,
+    decode_rule: ScoringRule | None = None,
+    most_prefix: int | None = None,
+) -> tuple[Mixed, CacheState, Observation]:
+  """Runs one chunk of one prompt, and one decode step of other slots in the same products.
+
+  A decode step of its own reads all weights; here they are read for the chunk already.
+
+  Args:
+    model: the model.
+    state: the cache; donated.
+    observation: of the prompt's chunks before; donated.
+    chunk: the prompt's next piece.
+    rows: of the decode step; K = 1, and limits are 0 or 1.
+    rule: None where the prompt will not be compressed.
+    decode_rule: as the `rule` of `decode_step`.
+    most_prefix: as for `prefill_attention`.
+
+  Returns:
+    What was found; the cache; the observation.
+  """
+  model = _whole(model)
+  slots, width = jnp.arange(state.num_slots, dtype=jnp.int32), chunk.tokens.shape[0]
+  state, (ok,) = alloc.allocate(state, chunk.slot[None], chunk.count[None], max_count=width)
+  count, active = jnp.where(ok, chunk.count, 0), rows.limits > 0
+  state, rows_ok = alloc.allocate(state, slots, active.astype(jnp.int32), max_count=1)
+  rows_ok &= active
+  positions = state.num_tokens[chunk.slot] - count + jnp.arange(width, dtype=jnp.int32)
+  scale = model.config.head_dim**-0.5
+
+  def attend(layer, q, k, v, carry):
+    state, observation = carry
+    out, state, observation = prefill_attention(
+        state, observation, layer, q[:width], k[:width], v[:width], slot=chunk.slot, count=count, scale=scale,
+        rule=rule, most_prefix=most_prefix)
+    decoded, state = decode_attention(
+        state, layer, q[width:], k[width:], v[width:], active=rows_ok, scale=scale, rule=decode_rule)
+    return jnp.concatenate([out, decoded]), (state, observation)
+
+  positions = jnp.concatenate([positions, jnp.maximum(state.num_tokens - 1, 0)])
+  found, (state, observation) = run_mixed(
+      model, chunk, rows, (ok, rows_ok), positions, attend, (state, observation))
+  return found, state, observation
+
+
+def run_mixed(
+    model: Llama, chunk: PromptChunk, rows: DecodeRows, ok: tuple[jax.Array, jax.Array], positions: jax.Array,
+    attend: Attend, state: Any,
+) -> tuple[Mixed, Any]:
+  """What `mixed_step` is made of, for any cache: `ok` is bool [] and bool [S], `positions` are i32 [T+S]."""
+  chunk_ok, rows_ok = ok
+  hidden, state = model(jnp.concatenate([chunk.tokens, rows.tokens]), positions, attend, state)
+  last = hidden[jnp.maximum(chunk.count - 1, 0)]
+  logits = model.logits(jnp.concatenate([last[None], hidden[len(chunk.tokens):]]))
+  drawn = sample(logits, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), chunk.sampling, rows.sampling))
+  tokens = drawn.at[1:].set(jnp.where(rows.given[:, 0] >= 0, rows.given[:, 0], drawn[1:]))
+  wanted = jnp.any(chunk.logprobs) | jnp.any(rows.logprobs & rows_ok)
+  logprobs = logprobs_of(logits, tokens, wanted)
+  of_first, of_rows = (jax.tree.map(lambda a, part=part: a[part], logprobs) for part in (slice(1), slice(1, None)))
+  nothing = _nothing(1, len(rows_ok), logits.shape[-1])
+  return Mixed(chunk_ok, logits[0], tokens[:1], of_first, _note(nothing, tokens[1:], rows_ok, of_rows)), state
+
+
 @jax.jit
-def first_token(
-    logits: jax.Array, sampling: SamplingArrays, logprobs: jax.Array
-) -> tuple[jax.Array, Logprobs]:
-  """Draws the token behind a prompt from logits [V]; `sampling` and `logprobs` (bool) have one row."""
-  token = sample(logits[None], sampling)
-  return token, logprobs_of(logits[None], token, logprobs[0])
+def follow(rows: DecodeRows, before: Decoded, asked: jax.Array) -> DecodeRows:
+  """Rows that go on where a call ended that nobody has looked at yet.
+
+  Args:
+    rows: as if each slot had taken all the steps that were asked of it.
+    before: what the call found.
+    asked: i32 [S] limits that it was given; slots with 0 were not in it, and stay as they are.
+
+  Returns:
+    Rows with the tokens that were drawn. Those who drew a stop id, or found no block, are at rest.
+  """
+  last = before.tokens[jnp.maximum(asked, 1) - 1, jnp.arange(len(asked))]
+  goes = (before.counts == asked) & ~jnp.any(last[:, None] == rows.stop_ids, axis=1)
+  return dataclasses.replace(
+      rows, tokens=jnp.where(asked > 0, last, rows.tokens), limits=jnp.where((asked > 0) & ~goes, 0, rows.limits))
 
 
 @jax.tree_util.register_dataclass

@@ -92,7 +92,7 @@ def events(monkeypatch):
     monkeypatch.setattr(owner, name, noted)
 
   def watch(engine):
-    for name in ("prefill", "decode", "usage"):
+    for name in ("mixed", "decode", "usage"):
       note(engine.batch, name)
     note(Flight, "land")
     return found
@@ -114,11 +114,11 @@ def test_the_next_chunk_goes_before_results_are_read(engine, events, compression
   _decode_beside(engine, compression)
   found = events(engine)
   engine.step()
-  assert found == ["prefill", "decode", "usage", "prefill"]
+  assert found == ["mixed", "usage", "mixed"]
   for _ in range(3):
     found.clear()
     engine.step()
-    assert found == ["land", "decode", "usage", "prefill"]
+    assert found == ["land", "usage", "mixed"]
     (sequence,) = [s for s in engine._scheduler.running if not s.decodes]
     before, now = engine._sealed.usage, engine.batch.usage()
     if compression is None:
@@ -154,7 +154,7 @@ def test_nothing_goes_ahead_where_blocks_may_be_short(engine, events):
     engine._scheduler.free_blocks = 2 * chunk + engine.config.heads_per_sequence + spare
     found.clear()
     engine._run()
-    assert (found[-1] == "prefill") == ahead
+    assert (found[-1] == "mixed") == ahead
     assert engine._chunks_ahead == ahead
 
 
@@ -264,13 +264,14 @@ def test_a_chunk_that_found_no_blocks_ends_its_request_alone(engine, alone, monk
   """As a rule of infinite values can make it happen; the chunk ahead is then of no use."""
   victim, neighbour = engine.add(*REQUESTS[0]), engine.add(*REQUESTS[3])
   engine.step()
-  prefill = engine.batch.prefill
+  mixed = engine.batch.mixed
 
-  def failing(sequence, count):
-    logits, ok = prefill(sequence, count)
-    return logits, ok & (sequence.prefilled != 3 * CHUNK) if sequence.request_id == victim else ok
+  def failing(sequence, *arguments):
+    found = mixed(sequence, *arguments)
+    fails = sequence.request_id == victim and sequence.prefilled == 3 * CHUNK
+    return dataclasses.replace(found, ok=found.ok & False) if fails else found
 
-  monkeypatch.setattr(engine.batch, "prefill", failing)
+  monkeypatch.setattr(engine.batch, "mixed", failing)
   outputs = {i: output for (i, _), output in _serve(engine).items()}
   assert outputs[victim].finish_reason == "cache_full"
   assert outputs[victim].token_ids == []

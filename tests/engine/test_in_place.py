@@ -52,18 +52,26 @@ def _decode(rule):
   return steps.decode_step.lower(LLAMA, STATE, _ints(SLOTS), active, rule=rule)
 
 
+def _sampling(rows):
+  floats = jax.ShapeDtypeStruct((rows,), jnp.float32)
+  return SamplingArrays(floats, _ints(rows), floats, floats, jax.ShapeDtypeStruct((rows,), jnp.uint32), _ints(rows))
+
+
+def _rows(steps_per_sync):
+  flags = jax.ShapeDtypeStruct((SLOTS,), jnp.bool_)
+  return steps.DecodeRows(
+      _ints(SLOTS), _ints(SLOTS), _ints(SLOTS, steps_per_sync), _ints(SLOTS, 4), _sampling(SLOTS), flags)
+
+
 def _decode_loop(rule, steps_per_sync=8):
-  floats, flags = (jax.ShapeDtypeStruct((SLOTS,), dtype) for dtype in (jnp.float32, jnp.bool_))
-  sampling = SamplingArrays(floats, _ints(SLOTS), floats, floats, jax.ShapeDtypeStruct((SLOTS,), jnp.uint32),
-                            _ints(SLOTS))
-  rows = steps.DecodeRows(_ints(SLOTS), _ints(SLOTS), _ints(SLOTS, steps_per_sync), _ints(SLOTS, 4), sampling, flags)
-  return steps.decode_loop.lower(LLAMA, STATE, rows, _ints(), rule=rule)
+  return steps.decode_loop.lower(LLAMA, STATE, _rows(steps_per_sync), _ints(), rule=rule)
 
 
-def _prefill(rule):
+def _prefill(rule, decode_rule=None):
   observation = jax.eval_shape(
       lambda: init_observation(rule, MODEL.num_layers, MODEL.num_heads, MODEL.head_dim, jnp.bfloat16))
-  return steps.prefill_chunk.lower(LLAMA, STATE, observation, _ints(256), _ints(), _ints(), rule=rule)
+  chunk = steps.PromptChunk(_ints(256), _ints(), _ints(), _sampling(1), jax.ShapeDtypeStruct((1,), jnp.bool_))
+  return steps.mixed_step.lower(LLAMA, STATE, observation, chunk, _rows(1), rule=rule, decode_rule=decode_rule)
 
 
 def _evict(allocation, rule=None, mass=False):
@@ -88,7 +96,7 @@ LOWERED = {
     "decode several": lambda: _decode_loop(None),
     "decode several with scores": lambda: _decode_loop(FullAttention()),
     "prefill": lambda: _prefill(None),
-    "prefill with all scores": lambda: _prefill(FullAttention()),
+    "prefill with all scores": lambda: _prefill(FullAttention(), FullAttention()),
     "score the prompt": _score,
     "evict over all": lambda: _evict("all"),
     "evict per head": lambda: _evict("head"),

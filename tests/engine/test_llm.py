@@ -153,7 +153,7 @@ def test_rate_does_not_compound(llm):
 
 
 def test_three_lengths_compile_no_more_than_one(short):
-  jitted = (steps.prefill_chunk, steps.decode_loop, steps.score_prompt, steps.evict, steps.release)
+  jitted = (steps.mixed_step, steps.decode_loop, steps.score_prompt, steps.evict, steps.release)
   compression = Compression(rate=4, interval=4)
 
   def compiles():
