@@ -1,12 +1,19 @@
-"""Choosing the next token on the device: greedy, temperature, top-k, top-p, min-p."""
+"""Choosing the next token on the device: greedy, temperature, top-k, top-p, min-p.
+
+On a GPU nothing here sorts or loops. What does so in a branch can stand in no CUDA graph, and the host then waits in
+every step for the device to say which branch it is.
+"""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from kvc_jax.kernels.bit_search import smallest
 
 MOST_LOGPROBS = 20
 """Most probable tokens whose log-probabilities a request can ask for, as in OpenAI's API."""
@@ -50,7 +57,7 @@ def sample(logits: Float[Array, "seqs vocab"], params: SamplingArrays) -> Int[Ar
   def drawn() -> Array:
     scaled = logits / jnp.where(warm, params.temperature, 1.0)[:, None]
     truncates = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
-    # It sorts the vocabulary, which takes longer than the rest of the draw.
+    # It takes longer than the rest of the draw.
     kept = lax.cond(
         jnp.any(truncates & warm), lambda: jnp.where(truncates[:, None], _truncate(scaled, params), scaled),
         lambda: scaled)
@@ -90,8 +97,8 @@ def logprobs_of(
 
   def found() -> Logprobs:
     every = jax.nn.log_softmax(logits, axis=-1)
-    top, ids = lax.top_k(every, most_ranks(vocab))
-    return Logprobs(jnp.take_along_axis(every, tokens[:, None], axis=-1)[:, 0], top, ids.astype(jnp.int32))
+    top, ids = _best(every, most_ranks(vocab))
+    return Logprobs(jnp.take_along_axis(every, tokens[:, None], axis=-1)[:, 0], top, ids)
 
   def none() -> Logprobs:
     ranks = (seqs, most_ranks(vocab))
@@ -100,17 +107,55 @@ def logprobs_of(
   return lax.cond(wanted, found, none)
 
 
+def _best(values: Array, count: int) -> tuple[Array, Array]:
+  """The `count` largest of each row [S, V] and their places, the largest first."""
+
+  def one_by_one(values: Array) -> tuple[Array, Array]:
+    places = jnp.arange(values.shape[-1], dtype=jnp.int32)
+    best, ids = [], []
+    for _ in range(count):
+      ids.append(jnp.argmax(values, axis=-1).astype(jnp.int32))
+      best.append(jnp.max(values, axis=-1))
+      values = jnp.where(places == ids[-1][:, None], -jnp.inf, values)
+    return jnp.stack(best, axis=-1), jnp.stack(ids, axis=-1)
+
+  return lax.platform_dependent(values, cpu=lambda values: tuple(lax.top_k(values, count)), default=one_by_one)
+
+
 def _truncate(logits: Array, params: SamplingArrays) -> Array:
-  """Logits with -inf where top-k, top-p or min-p rule a token out; the best always stays."""
-  vocab = logits.shape[-1]
-  order = jnp.argsort(logits, axis=-1, descending=True)
-  ranked = jnp.take_along_axis(logits, order, axis=-1)
-  probabilities = jax.nn.softmax(ranked, axis=-1)
-  before = jnp.cumsum(probabilities, axis=-1) - probabilities
-  rank = jnp.arange(vocab)
-  top_k = jnp.where(params.top_k > 0, params.top_k, vocab)[:, None]
-  stays = (rank < top_k) & (before < params.top_p[:, None])
-  stays &= probabilities >= params.min_p[:, None] * probabilities[:, :1]
-  stays |= rank == 0
-  rows = jnp.arange(logits.shape[0])[:, None]
-  return jnp.full_like(logits, -jnp.inf).at[rows, order].set(jnp.where(stays, ranked, -jnp.inf))
+  """Logits with -inf where top-k, top-p or min-p rule a token out; the best always stays.
+
+  Nothing is sorted: a threshold is searched for.
+  """
+  keys, probabilities = _in_order(logits), jax.nn.softmax(logits, axis=-1)
+  top_k = jnp.where(params.top_k > 0, params.top_k, logits.shape[-1])
+
+  def above(thresholds: Array) -> tuple[Array, Array]:
+    """How many tokens are above each of [S, T], and how probable they are together."""
+    larger = keys[:, None] > thresholds[..., None]
+    return jnp.sum(larger, axis=-1), jnp.sum(jnp.where(larger, probabilities[:, None], 0.0), axis=-1)
+
+  def holds(thresholds: Array) -> Array:
+    count, mass = above(thresholds)
+    return (count < top_k[:, None]) & (mass < params.top_p[:, None])
+
+  def search(step_bits: int) -> Callable[[], Array]:
+    return lambda: smallest(holds, logits.shape[:1], step_bits)
+
+  # Bit by bit is a loop, which compiles soonest; on a GPU it is to be no loop.
+  lowest = lax.platform_dependent(cpu=search(1), default=search(4))[:, None]
+  count, mass = above(lowest)
+  ties = keys == lowest
+  rank = jnp.cumsum(ties, axis=-1) - 1  # of several that are as good, the first go first
+  at = jnp.max(jnp.where(ties, probabilities, 0.0), axis=-1, keepdims=True)
+  stays = (keys > lowest) | (
+      ties & (count + rank < top_k[:, None]) & (mass + rank * at < params.top_p[:, None]))
+  stays &= probabilities >= params.min_p[:, None] * jnp.max(probabilities, axis=-1, keepdims=True)
+  stays |= jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1)[:, None]
+  return jnp.where(stays, logits, -jnp.inf)
+
+
+def _in_order(values: Array) -> Array:
+  """uint32 keys that are ordered as f32 values are."""
+  bits = lax.bitcast_convert_type(values, jnp.uint32)
+  return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

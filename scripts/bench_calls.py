@@ -32,7 +32,10 @@ from kvc_jax.model.llama import unstack_layers
 
 _STEPS = (1, 4, 16)
 _CHUNK = 2048
-_LAUNCHES: dict[str, dict[str, Any]] = {"graphs": {}, "kernels": {"xla_gpu_enable_command_buffer": ""}}
+_LAUNCHES: dict[str, dict[str, Any]] = {
+    "graphs": {}, "kernels": {"xla_gpu_enable_command_buffer": ""}, "whole loop": {
+        "xla_gpu_enable_command_buffer":
+            "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"}}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvc_jax.sampling import SamplingArrays, sample
+from kvc_jax.sampling import SamplingArrays, _truncate, logprobs_of, sample
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 DRAWS = 4000
@@ -75,3 +75,46 @@ def test_rows_do_not_depend_on_their_neighbours():
   turned = _sample(logits[::-1], jax.tree.map(lambda x: x[::-1], rows))
   assert tokens[0] == 1
   assert tokens.tolist() == turned.tolist()[::-1]
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(7, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.02), (40, 0.5, 0.01)])
+def test_what_is_truncated_is_what_a_sort_would_leave(top_k, top_p, min_p):
+  """With many ties, of which the first go first."""
+  rng = np.random.default_rng(top_k)
+  logits = np.round(rng.normal(size=(5, 301)) * 2, 1).astype(np.float32)
+  rows = SamplingArrays(
+      temperature=jnp.ones(5), top_k=jnp.full(5, top_k, jnp.int32), top_p=jnp.full(5, top_p), min_p=jnp.full(5, min_p),
+      seed=jnp.zeros(5, jnp.uint32), step=jnp.zeros(5, jnp.int32))
+  found = np.isfinite(np.asarray(jax.jit(_truncate)(logits, rows)))
+  for row, kept in zip(logits.astype(np.float64), found, strict=True):
+    order = np.argsort(-row, kind="stable")
+    probabilities = np.exp(row[order]) / np.exp(row).sum()
+    stays = (np.arange(len(row)) < (top_k or len(row))) & (np.cumsum(probabilities) - probabilities < top_p)
+    stays &= probabilities >= min_p * probabilities[0]
+    assert set(np.flatnonzero(kept)) == set(order[stays])
+
+
+def test_nothing_sorts_or_loops_on_a_gpu():
+  """Such a branch makes the host wait in every step; see the module."""
+  rows = SamplingArrays(*(jax.ShapeDtypeStruct((3,), d) for d in ("f4", "i4", "f4", "f4", "u4", "i4")))
+  logits = jax.ShapeDtypeStruct((3, 1000), jnp.float32)
+
+  def draw(logits, rows):
+    tokens = sample(logits, rows)
+    return tokens, logprobs_of(logits, tokens, jnp.any(rows.step > 0))
+
+  def text(platform):
+    return jax.jit(draw).trace(logits, rows).lower(lowering_platforms=(platform,)).as_text()
+
+  assert "stablehlo.case" in text("cuda")
+  assert not any(f"stablehlo.{op}" in text("cuda") or f"chlo.{op}" in text("cuda") for op in ("sort", "top_k", "while"))
+  assert "chlo.top_k" in text("cpu")
+
+
+def test_the_best_are_in_order_with_the_first_of_ties_first():
+  logits = np.random.default_rng(0).integers(0, 9, (3, 50)).astype(np.float32)
+  found = logprobs_of(jnp.asarray(logits), jnp.zeros(3, jnp.int32), jnp.bool_(True))
+  order = np.argsort(-logits, axis=-1, kind="stable")[:, :20]
+  np.testing.assert_array_equal(found.top_ids, order)
+  expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), order, axis=-1)
+  np.testing.assert_allclose(found.top, expected, rtol=1e-6)
