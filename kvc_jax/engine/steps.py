@@ -36,6 +36,14 @@ DECODE_OPTIONS = {
 }
 """Compiler options of a decode step; only an outermost jit may have any."""
 
+LOOP_OPTIONS = DECODE_OPTIONS | {
+    # XLA's own choice and WHILE: the whole loop is one CUDA graph, where XLA would have the host ask before each step
+    # whether there is another one, and not return before the last.
+    "xla_gpu_enable_command_buffer":
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+}
+"""Compiler options of a loop of decode steps."""
+
 
 
 def _whole(model: Llama | FlatModel) -> Llama:
@@ -132,7 +140,7 @@ class Decoded:
 
 
 @functools.partial(
-    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=DECODE_OPTIONS)
+    jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=LOOP_OPTIONS)
 def decode_loop(
     model: Llama | FlatModel, state: CacheState, rows: DecodeRows, num_steps: jax.Array, *, rule: ScoringRule | None
 ) -> tuple[Decoded, CacheState]:
