@@ -15,6 +15,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from typing import Any
@@ -33,7 +34,8 @@ def main() -> int:
     print(f"aot: skipped, for {args.site} does not hold the wheels of the extra 'aot' (no network?)")
     return 0
   start = time.monotonic()
-  rows = [row for worker in [_start_worker(args, index) for index in range(args.jobs)] for row in _rows_of(worker)]
+  with tempfile.TemporaryDirectory() as claims:
+    rows = [row for worker in [_start_worker(args, claims) for _ in range(args.jobs)] for row in _rows_of(worker)]
   rows.sort(key=lambda row: (row["case"], row["target"]))
   _print(rows)
   if args.json:
@@ -54,18 +56,18 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--match", default="", help="only cases with this in their name")
   parser.add_argument("--json", help="write the rows there")
   parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
-  parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+  parser.add_argument("--worker", type=pathlib.Path, help=argparse.SUPPRESS)
   return parser.parse_args()
 
 
-def _start_worker(args: argparse.Namespace, index: int) -> subprocess.Popen[str]:
+def _start_worker(args: argparse.Namespace, claims: str) -> subprocess.Popen[str]:
   from compiled import ENVIRONMENT
 
   path = [str(pathlib.Path(args.site).resolve()), str(ROOT), os.environ.get("PYTHONPATH", "")]
   environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, path))}
   return subprocess.Popen(
-      [sys.executable, __file__, *sys.argv[1:], "--jobs", str(args.jobs), "--worker", str(index)],
-      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      [sys.executable, __file__, *sys.argv[1:], "--worker", claims], env=environment,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _rows_of(worker: subprocess.Popen[str]) -> list[dict[str, Any]]:
@@ -78,13 +80,15 @@ def _rows_of(worker: subprocess.Popen[str]) -> list[dict[str, Any]]:
 
 
 def _work(args: argparse.Namespace) -> int:
-  """Compiles every jobs-th program and prints a JSON line for each."""
+  """Compiles the programs that no other worker has claimed, the longest first, and prints a JSON line for each."""
   warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*")
   from cases import cases
   from compiled import CAPABILITIES
 
   todo = [(target, case) for target in args.targets for case in cases(CAPABILITIES[target]) if args.match in case.name]
-  for target, case in todo[args.worker::args.jobs]:
+  for target, case in sorted(todo, key=lambda item: item[1].shape is not None):  # steps are long
+    if not _claim(args.worker / f"{target} {case.name}"):
+      continue
     start = time.monotonic()
     try:
       row = _check(target, case)
@@ -95,6 +99,15 @@ def _work(args: argparse.Namespace) -> int:
     row |= {"target": target, "case": case.name, "seconds": round(time.monotonic() - start, 1)}
     print(json.dumps(row), flush=True)
   return 0
+
+
+def _claim(path: pathlib.Path) -> bool:
+  """Whether this process is the first to make a file there."""
+  try:
+    path.touch(exist_ok=False)
+  except FileExistsError:
+    return False
+  return True
 
 
 def _check(target: str, case: Any) -> dict[str, Any]:
