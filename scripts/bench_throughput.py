@@ -21,11 +21,14 @@ bandwidth, or products at the matrix rate where those take longer. Its steps hav
 pool has room for, next to the chunk of a prompt that is about to be compressed. Nothing overlaps in it and
 nothing else takes time.
 
+`of_sustained` is over the ideal of a matrix rate that the machine keeps up for seconds (power limits), not only for
+the best moment: a run of a minute can have no other.
+
 `prefill_s`, `decode_s` and `eviction_s` (scoring of prompts and evictions) are device time within `seconds_run`: one
 engine step in 24, drawn at random, waits for the device before and behind each call; the mean time of a
-chunk (with the decode step beside it), a decode step and an eviction call, times how many there were. `other_s` is the rest: the host where the
-device waited for it, and swaps; it is below 0 where more of a call's own way to the device was hidden.
-The waits cost about half a percent.
+chunk (with the decode step beside it), a decode step and an eviction call, times how many there were. `other_s` is
+the rest: the host where the device waited for it, and swaps; it is below 0 where calls were hidden behind
+others more than they were when timed. The waits cost about half a percent.
 
 With --arrivals, requests come at random (Poisson) and rows have the time to first token and the time between
 tokens, medians and 99th percentiles; tokens that come in one piece share its time.
@@ -77,6 +80,7 @@ def main() -> None:
 def _measure(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
   """Runs all points, and adds each row to `rows` and to the file as soon as it is there."""
   bandwidth, matmul = common.read_bandwidth(args.probe_bytes), common.matmul_rate(args.probe_matrix)
+  sustained = common.sustained_matmul_rate(args.probe_matrix, args.probe_seconds)
   shape = common.llama_tiny() if args.tiny else common.llama_8b()
   config = dataclasses.replace(shape, max_position_embeddings=131_072)
   if args.layers:
@@ -88,6 +92,7 @@ def _measure(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     common.print_table(rows[-1:])
     common.write_results(
         args.name, rows, folder=args.out, read_bandwidth=bandwidth, matmul_flops_per_second=matmul,
+        sustained_matmul_flops_per_second=sustained,
         prompts=args.prompts, output=args.output, pool_gib=args.pool_gib, layers=config.num_layers,
         max_seconds=args.max_seconds, chunk_size=args.chunk_size, steps_per_sync=args.steps_per_sync)
 
@@ -96,7 +101,7 @@ def _measure(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
   model = unstack_layers(common.random_model(config)) if todo else None
   for length, rate, arrivals in todo:
     assert model is not None
-    add(Point(args, model, length, rate, bandwidth, matmul, arrivals).run())
+    add(Point(args, model, length, rate, bandwidth, matmul, sustained, arrivals).run())
   if args.peer != "none":  # beside our weights: there is room for both on any GPU that this is for
     for length in args.input:
       add(_peer_row(args, config, length))
@@ -127,7 +132,8 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--plot", action="store_true", help="draw throughput.png")
   parser.add_argument("--out", default=str(common.RESULTS), help="folder for the JSON and the PNG")
   args = parser.parse_args()
-  args.probe_bytes, args.probe_matrix = (4 << 30, 8192) if not args.tiny else (16 << 20, 512)
+  probes = (16 << 20, 512, 0.3) if args.tiny else (4 << 30, 8192, 6.0)
+  args.probe_bytes, args.probe_matrix, args.probe_seconds = probes
   return args
 
 
@@ -147,7 +153,7 @@ class Point:
     model: as the engine runs it.
     length: tokens of each prompt.
     rate: of compression; None for off.
-    bandwidth, matmul: of the machine, bytes/s and FLOP/s.
+    bandwidth, matmul, sustained: of the machine, bytes/s and FLOP/s, at its best and for seconds.
     arrivals: requests per second; None for all at once.
   """
 
@@ -157,6 +163,7 @@ class Point:
   rate: float | None
   bandwidth: float
   matmul: float
+  sustained: float
   arrivals: float | None = None
 
   def __post_init__(self):
@@ -172,15 +179,11 @@ class Point:
     self.batch = max(1, min(self.args.prompts, _SLOTS[-1], most))
     # Few sizes, so that points share programs; a decode step reads the weights whatever the number of its rows.
     self.slots = next((slots for slots in _SLOTS if slots >= self.batch * 5 // 4), _SLOTS[-1])
-    self.chunk_size = self._chunk_size()
+    # As many chunks as with what was asked for, but all of one size: a shorter last one would be padded.
+    self.chunk_size = -(-self.length // -(-self.length // min(self.args.chunk_size, self.length)))
     if self.compression is not None:
       self.compression = dataclasses.replace(self.compression, prefill_interval=self.chunk_size)
 
-  def _chunk_size(self) -> int:
-    """So that a chunk and a row for each slot are what was asked for, where a prompt takes no more chunks then."""
-    whole = min(self.args.chunk_size, self.length)
-    left = whole - self.slots
-    return left if left > 0 and -(-self.length // left) == -(-self.length // whole) else whole
 
   def _blocks_held(self) -> int:
     """Blocks of one sequence in the middle of its output."""
@@ -193,8 +196,8 @@ class Point:
       return middle
     return self.compression.cache_tokens(middle) + _INTERVAL / 2
 
-  def ideal_seconds(self) -> float:
-    """What the machine's limits allow; see the top of this file."""
+  def ideal_seconds(self, matmul: float) -> float:
+    """What the machine's limits allow, at a matrix rate; see the top of this file."""
     config, args = self.model.config, self.args
     weights, head = common.parameter_bytes(self.model), config.vocab_size * config.hidden_size * 2
     flops = (weights - head) * self.length  # two for each bfloat16 weight and token; the head runs once a chunk
@@ -203,8 +206,8 @@ class Point:
     kvs = 2 * config.head_dim * self.model.embed.embedding[...].dtype.itemsize * config.num_layers * config.num_kv_heads
     steps = math.ceil(args.prompts / self.batch) * args.output
     read = steps * weights + args.prompts * args.output * self._tokens_held() * kvs
-    decode = max(read / self.bandwidth, args.prompts * args.output * weights / self.matmul)
-    return args.prompts * flops / self.matmul + decode
+    decode = max(read / self.bandwidth, args.prompts * args.output * weights / matmul)
+    return args.prompts * flops / matmul + decode
 
   def _pairs_attended(self) -> float:
     """Pairs of a prompt's query and a key that is held, per head: what was evicted behind a chunk is not read again."""
@@ -244,7 +247,8 @@ class Point:
       return row | {"arrivals_per_second": self.arrivals, **served.latencies()}
     seconds = served.seconds_for(args.prompts)
     return row | {"tokens_per_second": args.prompts * (self.length + args.output) / seconds, "seconds": seconds,
-                  "of_ideal": self.ideal_seconds() / seconds}
+                  "of_ideal": self.ideal_seconds(self.matmul) / seconds,
+            "of_sustained": self.ideal_seconds(self.sustained) / seconds}
 
 
 class _Parts:

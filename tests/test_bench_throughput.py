@@ -57,7 +57,7 @@ def test_parts_scale_the_sample_by_its_units(bench):
 
 def test_only_sampled_calls_are_timed(bench):
   batch = types.SimpleNamespace(
-      state=(), prefill=lambda *_: "logits", decode=lambda *_: "found", score=lambda *_: None,
+      state=(), mixed=lambda *_: "logits", decode=lambda *_: "found", score=lambda *_: None,
       compress=lambda *_: [1, 2])
   parts = bench._Parts(batch)
   batch.decode([], [3, 16], 16)

@@ -48,18 +48,25 @@ def decode_attention(
     ValueError: the rule observes queries, but the cache was made without num_heads.
   """
   slots = jnp.arange(state.num_slots, dtype=jnp.int32)
-  newest = state.num_tokens - 1
   q, k, v = scale_inputs(state, layer, q, k, v)
-  state = write(state, layer, slots, newest, k, v, active)
+  state = write(state, layer, slots, state.num_tokens - 1, k, v, active)
+  out, state = attend_newest(state, layer, q, active=active, scale=scale, rule=rule)
+  return scale_output(state, layer, out), state
+
+
+def attend_newest(
+    state: CacheState, layer: jax.Array, q: jax.Array, *, active: jax.Array, scale: float, rule: ScoringRule | None
+) -> tuple[jax.Array, CacheState]:
+  """`decode_attention` behind `write`, with queries in the cache's own unit (`scale_inputs`)."""
   lengths = jnp.where(active[:, None], state.lengths, 0)
   observes = rule is not None and rule.observed != "none"
   out, observed = paged_decode(
-      q, state.kv, state.tables, lengths, layer, _observed(state, newest - 1) if observes else None,
+      q, state.kv, state.tables, lengths, layer, _observed(state, state.num_tokens - 2) if observes else None,
       scale=scale, **({"power": rule.power, "buffer": rule.buffer, "every": rule.decode_every} if rule else {}))
   if observed is not None:
     state = dataclasses.replace(
         state, scores=observed.scores, queries=observed.queries, log_sums=observed.log_sums)
-  return scale_output(state, layer, out), state
+  return out, state
 
 
 def _observed(state: CacheState, query_positions: jax.Array) -> Observed:

@@ -107,18 +107,42 @@ def prefill_attention(
   Returns:
     Output [T, H*G, D], and the new cache and observation.
   """
-  row = jnp.arange(q.shape[0], dtype=jnp.int32)
-  valid = row < count
-  positions = state.num_tokens[slot] - count + row
-  if isinstance(rule, MomentsRule) and observation.moments is not None:
-    observation = dataclasses.replace(observation, moments=add_queries(
-        observation.moments, layer, q, positions, valid & (positions >= rule.sinks)))
+  valid, positions = rows_of_chunk(state, slot, q.shape[0], count)
+  observation = observe_moments(observation, layer, q, positions, valid, rule)
   q, k, v = scale_inputs(state, layer, q, k, v)
-  state = write(state, layer, jnp.broadcast_to(slot, row.shape), positions, k, v, valid)
+  state = write(state, layer, jnp.broadcast_to(slot, valid.shape), positions, k, v, valid)
+  out, state, observation = attend_chunk(
+      state, observation, layer, q, k, v, slot=slot, count=count, scale=scale, rule=rule, most_prefix=most_prefix)
+  return scale_output(state, layer, out), state, observation
+
+
+def rows_of_chunk(state: CacheState, slot: jax.Array, tokens: int, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Which rows of a chunk of so many are real, bool [T], and their positions, i32 [T]."""
+  row = jnp.arange(tokens, dtype=jnp.int32)
+  return row < count, state.num_tokens[slot] - count + row
+
+
+def observe_moments(
+    observation: Observation, layer: jax.Array, q: jax.Array, positions: jax.Array, valid: jax.Array,
+    rule: ScoringRule | None,
+) -> Observation:
+  """Adds a chunk's queries to the moments, for a rule that wants those."""
+  if not isinstance(rule, MomentsRule) or observation.moments is None:
+    return observation
+  return dataclasses.replace(observation, moments=add_queries(
+      observation.moments, layer, q, positions, valid & (positions >= rule.sinks)))
+
+
+def attend_chunk(
+    state: CacheState, observation: Observation, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, *,
+    slot: jax.Array, count: jax.Array, scale: float, rule: ScoringRule | None, most_prefix: int | None,
+) -> tuple[jax.Array, CacheState, Observation]:
+  """`prefill_attention` behind `write`, with all in the cache's own unit (`scale_inputs`)."""
   prefix = state.lengths[layer, slot] - count
   out, log_sums = paged_prefill(
       q, k, v, state.kv, state.tables, prefix, layer, slot, count, scale=scale, most_prefix=most_prefix)
   if rule is not None and rule.observed == "all":
+    valid, positions = rows_of_chunk(state, slot, q.shape[0], count)
     query_positions = jnp.where(valid, positions, -1 - rule.buffer)
     counted = jnp.where(valid[:, None], log_sums, jnp.inf)  # padding rows have no probabilities
     sums = column_scores(
@@ -127,7 +151,7 @@ def prefill_attention(
     state = _put_scores(state, layer, slot, jnp.sum(sums, axis=1), add=True)
   if rule is not None and rule.observed == "last":
     observation = _observe(observation, layer, q, log_sums, count)
-  return scale_output(state, layer, out), state, observation
+  return out, state, observation
 
 
 def score_observed(

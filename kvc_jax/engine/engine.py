@@ -180,7 +180,7 @@ class Engine:
     self._flight: Flight | None = None  # what is being dispatched
     self._sealed: Flight | None = None  # what was dispatched before that, and not read yet
     self._chunks_ahead = 0  # prompt chunks of the next step that were dispatched already
-    self._ride: Decoded | None = None  # of the decode step beside the newest chunk
+    self._ride: Decoded | None = None  # of the newest decode step beside a chunk
     self._riders: list[Sequence] = []  # those that had a part in it
     self._riding: set[ScoringRule | None] = set()  # decode rules of those that go beside a chunk of this step
     self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
@@ -413,6 +413,8 @@ class Engine:
     A chunk of the next step's then keeps the device busy.
     """
     ahead, self._chunks_ahead = self._chunks_ahead, 0
+    if not ahead:
+      self._riders = []
     prefilled = [self._prefill_chunk() for _ in range(self._chunks_per_step - ahead)]
     prefills = ahead > 0 or any(prefilled)
     self._decode(1 if prefills else self.batch.steps_per_sync)
@@ -725,11 +727,12 @@ class Engine:
     """Dispatches a chunk, a decode step of those of the others that can go beside it, and what comes behind it."""
     self._claim(sequence, blocks)
     self._riding |= {None, decode_rule(sequence.compression)}
-    self._riders = [s for s in others if s.decodes and s.steps_left(self.max_model_len) > 0
-                    and decode_rule(s.compression) in (None, decode_rule(sequence.compression))]
-    found = self.batch.mixed(sequence, count, self._riders, self._ride)
-    self._ride = found.decoded
-    self._in_flight.decodes(self._riders, [1] * len(self._riders), found.decoded)
+    riders = [s for s in others if s.decodes and s.steps_left(self.max_model_len) > 0
+              and decode_rule(s.compression) in (None, decode_rule(sequence.compression))]
+    found = self.batch.mixed(sequence, count, riders, self._ride)
+    if riders:
+      self._riders, self._ride = riders, found.decoded
+      self._in_flight.decodes(riders, [1] * len(riders), found.decoded)
     self._counts["prompt_tokens"] += count
     self._in_flight.given.append(found.ok)
     self._in_flight.given_to.append(sequence)

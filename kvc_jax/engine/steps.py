@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 
 from kvc_jax.attention.decode import decode_attention
-from kvc_jax.attention.prefill import Observation, init_observation, prefill_attention, score_observed
+from kvc_jax.attention.mixed import mixed_attention
+from kvc_jax.attention.prefill import Observation, init_observation, score_observed
 from kvc_jax.cache import alloc, share
 from kvc_jax.cache.state import CacheState
 from kvc_jax.eviction.score import ScoringRule
@@ -295,12 +296,10 @@ def mixed_step(
 
   def attend(layer, q, k, v, carry):
     state, observation = carry
-    out, state, observation = prefill_attention(
-        state, observation, layer, q[:width], k[:width], v[:width], slot=chunk.slot, count=count, scale=scale,
-        rule=rule, most_prefix=most_prefix)
-    decoded, state = decode_attention(
-        state, layer, q[width:], k[width:], v[width:], active=rows_ok, scale=scale, rule=decode_rule)
-    return jnp.concatenate([out, decoded]), (state, observation)
+    out, state, observation = mixed_attention(
+        state, observation, layer, q, k, v, slot=chunk.slot, count=count, active=rows_ok, scale=scale, rule=rule,
+        decode_rule=decode_rule, most_prefix=most_prefix)
+    return out, (state, observation)
 
   positions = jnp.concatenate([positions, jnp.maximum(state.num_tokens - 1, 0)])
   found, (state, observation) = run_mixed(

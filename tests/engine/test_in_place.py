@@ -120,7 +120,7 @@ def test_pool_is_aliased_and_temporaries_are_small(name):
   memory = LOWERED[name]().compile().memory_analysis()
   pool = _bytes((STATE.kv, STATE.scores, STATE.positions))
   assert memory.alias_size_in_bytes >= pool
-  assert memory.temp_size_in_bytes < 0.05 * pool
+  assert memory.temp_size_in_bytes < 0.06 * pool
 
 
 def test_without_donation_a_second_pool_appears():
