@@ -5,11 +5,12 @@
         [--count 20] [--dtype float32] [--out FOLDER]
 
 Asks `--count` recall questions of each policy of eval_policies.py, and finds the value in the prompt (a token for each
-digit). A line for each policy: `right`, the percentage of right answers; `digit 1` to `digit 4`, the percentage of
-(layer, KV head) pairs that hold that digit's KV at the end, on the mean over questions; `layer L`, the percentage that
-hold all four among the pairs of that layer that look values up. Those are the pairs that hold all four digits of at
-least 90% of the questions under KV-Compress at 32x with a pool of 13, which leaves little room for anything else.
-FOLDER gets evicted.json, with these pairs as `lookup_heads`.
+digit; `multi_value` asks for four values). A line for each policy: `right`, the percentage of right answers; `digit 1`
+to `digit 4`, the percentage of (layer, KV head) pairs that hold that digit's KV at the end, on the mean over questions
+and values; `layer L`, the percentage that hold all four among the pairs of that layer that look values up; `least L`,
+the same of the value that fewest of them hold, where there are several. Those are the pairs that hold all four digits
+of at least 90% of the values under KV-Compress at 32x with a pool of 13, which leaves little room for anything else.
+FOLDER gets evicted.json, with these pairs as `lookup_heads`; another rate than 8 or task than `single` is in the name.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from kvc_jax.evaluation.runner import greedy_params
 from kvc_jax.evaluation.task import Sample
 from kvc_jax.tokenizer import Tokenizer
 
-_TASKS = ("single", "multi_key")
+_TASKS = ("single", "multi_key", "multi_value")
+_RATE = 8.0
 _LOOKUP, _LOOKUP_RATE, _LOOKUP_SHARE = "kv-compress-pool13", 32.0, 0.9
 
 
@@ -40,7 +42,7 @@ def main() -> int:
   names = [name for name in eval_policies.POLICIES if name not in (eval_policies.FULL, eval_policies.PROFILE)]
   parser.add_argument("model", nargs="?", default=str(pathlib.Path(__file__).parents[1] / "assets" / "recall-7m"))
   parser.add_argument("--policy", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-  parser.add_argument("--rate", type=float, default=8.0)
+  parser.add_argument("--rate", type=float, default=_RATE)
   parser.add_argument("--task", choices=_TASKS, default="single")
   parser.add_argument("--length", type=int, default=2048, help="of prompt and answer, in tokens")
   parser.add_argument("--count", type=int, default=20, help="questions")
@@ -53,8 +55,9 @@ def main() -> int:
     print(f"{parser.prog}: error: {e}", file=sys.stderr)
     return 2
   common.print_table(rows)
+  name = "evicted" if (args.task, args.rate) == (_TASKS[0], _RATE) else f"evicted-{args.task}-{args.rate:g}x"
   common.write_results(
-      "evicted", rows, folder=args.out, model=pathlib.Path(args.model).name, rate=args.rate, task=args.task,
+      name, rows, folder=args.out, model=pathlib.Path(args.model).name, rate=args.rate, task=args.task,
       length=args.length, count=args.count, dtype=args.dtype, lookup_heads=np.argwhere(lookup).tolist())
   return 0
 
@@ -65,24 +68,32 @@ def _look(args: argparse.Namespace) -> tuple[list[dict[str, object]], np.ndarray
   tokenizer = Tokenizer.from_folder(args.model)
   builder = SampleBuilder(held_out_sentences(), tokenizer)
   samples = [builder.sample(args.task, args.length, number, seed=0) for number in range(args.count)]
-  places = [_place(tokenizer, sample) for sample in samples]
+  places = [_places(tokenizer, sample) for sample in samples]
   llm = LLM(args.model, dtype=args.dtype, max_model_len=args.length, max_num_seqs=4, chunk_size=512)
   _, held = _run(llm, args.task, samples, places, _compression(_LOOKUP, _LOOKUP_RATE))
-  lookup = held.all(axis=-1).mean(axis=0) >= _LOOKUP_SHARE  # [L, H]
+  lookup = held.all(axis=-1).mean(axis=(0, -1)) >= _LOOKUP_SHARE  # [L, H]
   rows: list[dict[str, object]] = []
   for name in tqdm.tqdm(args.policy, unit="policy"):
     right, held = _run(llm, args.task, samples, places, _compression(name, args.rate))
     digits = {f"digit {i + 1}": 100 * float(held[..., i].mean()) for i in range(held.shape[-1])}
-    by_layer = {f"layer {layer}": 100 * float(held[:, layer, lookup[layer]].all(axis=-1).mean())
-                for layer in np.flatnonzero(lookup.any(axis=1))}
+    by_layer = {}
+    for layer in np.flatnonzero(lookup.any(axis=1)):
+      shares = held[:, layer, lookup[layer]].all(axis=-1).mean(axis=1)  # [samples, V]
+      by_layer[f"layer {layer}"] = 100 * float(shares.mean())
+      if shares.shape[1] > 1:
+        by_layer[f"least {layer}"] = 100 * float(shares.min(axis=1).mean())
     rows.append({"policy": name, "right": right, **digits, **by_layer})
   return rows, lookup
 
 
-def _place(tokenizer: Tokenizer, sample: Sample) -> int:
-  """Position of the asked value's first digit in the prompt: where the answer's tokens stand."""
+def _places(tokenizer: Tokenizer, sample: Sample) -> list[int]:
+  """Position of each asked value's first digit in the prompt: where the answer's tokens stand."""
   prompt = tokenizer.encode(str(sample.prompt))
-  answer = tokenizer.encode(" " + sample.references[0], add_special_tokens=False)
+  return [_place(tokenizer, prompt, value) for value in sample.references[0].split()]
+
+
+def _place(tokenizer: Tokenizer, prompt: list[int], value: str) -> int:
+  answer = tokenizer.encode(" " + value, add_special_tokens=False)
   found = [at for at in range(len(prompt)) if prompt[at : at + len(answer)] == answer]
   if not found:
     raise InputError("a value's tokens are not in its prompt; take a model whose tokenizer has single digits")
@@ -100,18 +111,18 @@ def _compression(name: str, rate: float) -> Compression:
 
 
 def _run(
-    llm: LLM, task: str, samples: list[Sample], places: list[int], compression: Compression
+    llm: LLM, task: str, samples: list[Sample], places: list[list[int]], compression: Compression
 ) -> tuple[float, np.ndarray]:
-  """Percentage of right answers, and whether each head holds each of the value's digits: bool [samples, L, H, 4]."""
+  """Percentage of right answers, and whether each head holds each digit of V values: bool [samples, L, H, V, 4]."""
   params = [greedy_params(sample) for sample in samples]
   outputs = llm.generate([str(sample.prompt) for sample in samples], params, compression, return_positions=True)
   right, held = [], []
-  for output, place, sample in zip(outputs, places, samples, strict=True):
+  for output, starts, sample in zip(outputs, places, samples, strict=True):
     right.append(score(task, output.text, sample.references[0]))
-    digits = place + np.arange(len(sample.references[0]))
+    digits = np.array(starts)[:, None] + np.arange(len(sample.references[0].split()[0]))
     positions = output.receipt.positions
     assert positions is not None
-    held.append((positions[..., None] == digits).any(axis=-2))
+    held.append((positions[..., None, None] == digits).any(axis=2))
   return 100 * float(np.mean(right)), np.stack(held)
 
 

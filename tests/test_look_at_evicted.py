@@ -34,12 +34,17 @@ def test_the_value_is_found_where_it_stands(script):
   builder = SampleBuilder(held_out_sentences(), tokenizer)
   for task in ("single", "multi_key"):
     sample = builder.sample(task, 1024, 0, seed=0)
-    place = script._place(tokenizer, sample)
+    (place,) = script._places(tokenizer, sample)
     ids = tokenizer.encode(sample.prompt)
     assert tokenizer.decode(ids[place : place + 4]).strip() == sample.references[0]
     assert len(tokenizer.encode(sample.prompt[: sample.prompt.index(sample.references[0])].rstrip())) == place
+  several = builder.sample("multi_value", 1024, 0, seed=0)
+  ids = tokenizer.encode(several.prompt)
+  found = [tokenizer.decode(ids[place : place + 4]).strip() for place in script._places(tokenizer, several)]
+  assert len(found) == 4
+  assert " ".join(found) == several.references[0]
   with pytest.raises(InputError, match="not in its prompt"):
-    script._place(tokenizer, Sample(id="", prompt="Nothing here.", max_new_tokens=1, references=("1234",)))
+    script._places(tokenizer, Sample(id="", prompt="Nothing here.", max_new_tokens=1, references=("1234",)))
 
 
 def test_what_each_head_holds_of_the_value(script):
@@ -49,9 +54,9 @@ def test_what_each_head_holds_of_the_value(script):
   output = types.SimpleNamespace(text=" 1234 .", receipt=types.SimpleNamespace(positions=positions))
   llm = types.SimpleNamespace(generate=lambda *args, **kwargs: [output, output])
   wrong = Sample(id="", prompt="", max_new_tokens=4, references=("9999",))
-  right, held = script._run(llm, "single", [sample, wrong], [4, 4], None)
+  right, held = script._run(llm, "single", [sample, wrong], [[4], [4]], None)
   assert right == 50
-  np.testing.assert_array_equal(held[0], [[[1, 1, 1, 1]], [[1, 1, 0, 1]]])
+  np.testing.assert_array_equal(held[0], [[[[1, 1, 1, 1]]], [[[1, 1, 0, 1]]]])
 
 
 @pytest.mark.parametrize(("options", "words"), [
