@@ -129,6 +129,7 @@ def _truncate(logits: Array, params: SamplingArrays) -> Array:
   """
   keys, probabilities = _in_order(logits), jax.nn.softmax(logits, axis=-1)
   top_k = jnp.where(params.top_k > 0, params.top_k, logits.shape[-1])
+  top_p = jnp.where(params.top_p < 1, params.top_p, jnp.inf)  # sums of probabilities round to 1 before their end
 
   def above(thresholds: Array) -> tuple[Array, Array]:
     """How many tokens are above each of [S, T], and how probable they are together."""
@@ -137,7 +138,7 @@ def _truncate(logits: Array, params: SamplingArrays) -> Array:
 
   def holds(thresholds: Array) -> Array:
     count, mass = above(thresholds)
-    return (count < top_k[:, None]) & (mass < params.top_p[:, None])
+    return (count < top_k[:, None]) & (mass < top_p[:, None])
 
   def search(step_bits: int) -> Callable[[], Array]:
     return lambda: smallest(holds, logits.shape[:1], step_bits)
@@ -149,7 +150,7 @@ def _truncate(logits: Array, params: SamplingArrays) -> Array:
   rank = jnp.cumsum(ties, axis=-1) - 1  # of several that are as good, the first go first
   at = jnp.max(jnp.where(ties, probabilities, 0.0), axis=-1, keepdims=True)
   stays = (keys > lowest) | (
-      ties & (count + rank < top_k[:, None]) & (mass + rank * at < params.top_p[:, None]))
+      ties & (count + rank < top_k[:, None]) & (mass + rank * at < top_p[:, None]))
   stays &= probabilities >= params.min_p[:, None] * jnp.max(probabilities, axis=-1, keepdims=True)
   stays |= jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1)[:, None]
   return jnp.where(stays, logits, -jnp.inf)
@@ -157,5 +158,5 @@ def _truncate(logits: Array, params: SamplingArrays) -> Array:
 
 def _in_order(values: Array) -> Array:
   """uint32 keys that are ordered as f32 values are."""
-  bits = lax.bitcast_convert_type(values, jnp.uint32)
+  bits = lax.bitcast_convert_type(values + 0.0, jnp.uint32)  # no zero is negative
   return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

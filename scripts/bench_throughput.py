@@ -240,6 +240,7 @@ class Point:
     engine.close()
     row = {
         "input": self.length, "engine": "kvc_jax", "rate": "off" if self.rate is None else self.rate,
+        "tokens_of_chunk": self.chunk_size,
         "largest_batch": served.largest_batch, "rate_reached": served.rate_reached, "ideal_batch": self.batch,
         "preemptions": stats.preemptions, "compressions": stats.compressions, "prompts_run": served.prompts,
         "seconds_run": served.seconds, "warm_up_s": warm_up, **served.parts.seconds(served.seconds)}

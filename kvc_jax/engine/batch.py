@@ -107,9 +107,12 @@ class Batch:
     Args:
       sequence: in its prompt.
       count: tokens.
-      riders: sequences that decode; each has no decode rule, or that of `sequence`.
+      riders: sequences that decode; each has no `decode_rule`, or the `ride_rule` of `sequence`, and shares no
+        blocks where it has one; each has one step `ahead` at most.
       before: of the call that the riders with steps `ahead` are in.
     """
+    assert not any(s.shares and s.compression for s in riders), "a sequence that scores shares blocks"
+    assert all(s.ahead <= 1 for s in riders), "a step ahead can be followed, not two"
     if sequence.observation is None:
       sequence.observation = self._new_observation(prefill_rule(sequence.compression))
     tokens = np.zeros(self.chunk_size, np.int32)
@@ -131,7 +134,7 @@ class Batch:
   ) -> tuple[steps.Mixed, Observation]:
     found, self.state, observation = steps.mixed_step(
         self._flat, self.state, observation, chunk, rows, rule=prefill_rule(compression),
-        decode_rule=decode_rule(compression), most_prefix=most_prefix)
+        decode_rule=ride_rule(compression), most_prefix=most_prefix)
     return found, observation
 
   def _chunk(self, tokens: Any, slot: int, count: int, sequence: Sequence | None) -> steps.PromptChunk:
@@ -361,7 +364,15 @@ def prefill_rule(compression: Compression | None) -> ScoringRule | None:
 
 def decode_rule(compression: Compression | None) -> ScoringRule | None:
   """How decode steps keep scores up to date: one object for all rules that do it alike; None for not at all."""
-  scoring = compression.scoring if compression is not None and compression.scores_decode else None
+  return ride_rule(compression) if compression is not None and compression.scores_decode else None
+
+
+def ride_rule(compression: Compression | None) -> ScoringRule | None:
+  """How the decode step beside a prompt keeps scores: as `decode_rule`, whether or not the prompt itself will need any.
+
+  So all requests of one kind share a program.
+  """
+  scoring = compression.scoring if compression is not None else None
   if scoring is None or scoring.observed in ("none", "moments"):
     return None
   return FullAttention(power=scoring.power, buffer=scoring.buffer, decode_every=scoring.decode_every)

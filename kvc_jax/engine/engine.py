@@ -20,7 +20,7 @@ from kvc_jax.cache.snapshot import check_fits
 from kvc_jax.checkpoint.store import load_model
 from kvc_jax.config import LlamaConfig
 from kvc_jax.engine import footprint, saved
-from kvc_jax.engine.batch import Batch, decode_rule
+from kvc_jax.engine.batch import Batch, decode_rule, ride_rule
 from kvc_jax.engine.checks import check_profile, check_types, prompt_ids
 from kvc_jax.engine.flight import Dispatched, First, Flight, row_of, token_logprobs, worthwhile_steps
 from kvc_jax.engine.kinds import kind_of, kinds_of, smallest_of
@@ -51,8 +51,8 @@ class Engine:
   Each step runs at most `chunks_per_step` prompt chunks and, for all sequences that
   decode, up to `steps_per_sync` tokens; a prompt never holds up the others for longer
   than its chunk. A request's text depends on the request and the pool's size, not on
-  what else is served (`Compression.on_demand` gives that up, and a GPU's order of sums may,
-  where logits nearly tie).
+  what else is served (`Compression.on_demand` gives that up, and rounding may, where logits
+  nearly tie: of a GPU's sums, or in 16 bits, of products with a prompt's chunk beside or without).
 
   Attributes:
     tokenizer: of the model folder.
@@ -517,9 +517,10 @@ class Engine:
     logprobs = dispatched.logprobs()
     for sequence, slot, limit in zip(dispatched.sequences, dispatched.slots, dispatched.limits, strict=True):
       sequence.ahead -= limit
-      if sequence.finish_reason:  # it went on until that was seen
-        continue
       count = int(counts[slot])
+      if sequence.finish_reason:  # it went on until that was seen
+        sequence.steps += count
+        continue
       known = len(sequence.token_ids) - 1 - sequence.steps  # run again, not drawn
       sequence.steps += count
       tokens = [int(token) for token in drawn[known:count, slot]]
@@ -704,12 +705,14 @@ class Engine:
     return True
 
   def _prefill_ahead(self) -> None:
-    """Dispatches a chunk of the next step's, where a prompt is in progress and decode steps surely leave blocks for it.
+    """Dispatches a chunk of the next step's, where a prompt has one and decode steps surely leave blocks for it.
 
     The device runs it while results are read and the next steps dispatched; cached prefixes would have to wait for it.
     """
-    sequence = self._scheduler.prefilling
-    if sequence is None or self._prefixes is not None:
+    if self._prefixes is not None:
+      return
+    sequence = self._scheduler.prefilling or self._admit()
+    if sequence is None:
       return
     count, blocks = self._next_piece(sequence)
     if blocks - sequence.held_blocks + self._scheduler.blocks_ahead <= self._scheduler.free_blocks:
@@ -726,10 +729,12 @@ class Engine:
   def _prefill(self, sequence: Sequence, count: int, blocks: int, others: list[Sequence]) -> None:
     """Dispatches a chunk, a decode step of those of the others that can go beside it, and what comes behind it."""
     self._claim(sequence, blocks)
-    self._riding |= {None, decode_rule(sequence.compression)}
-    riders = [s for s in others if s.decodes and s.steps_left(self.max_model_len) > 0
-              and decode_rule(s.compression) in (None, decode_rule(sequence.compression))]
+    rules = {None, ride_rule(sequence.compression)}
+    riders = [s for s in others
+              if s.decodes and s.steps_left(self.max_model_len) > 0 and decode_rule(s.compression) in rules]
     found = self.batch.mixed(sequence, count, riders, self._ride)
+    self._riding |= rules
+    self._free_now -= len(riders) * self.config.heads_per_sequence
     if riders:
       self._riders, self._ride = riders, found.decoded
       self._in_flight.decodes(riders, [1] * len(riders), found.decoded)

@@ -46,7 +46,6 @@ LOOP_OPTIONS = DECODE_OPTIONS | {
 """Compiler options of a loop of decode steps."""
 
 
-
 def _whole(model: Llama | FlatModel) -> Llama:
   return model.model() if isinstance(model, FlatModel) else model
 

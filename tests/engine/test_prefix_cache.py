@@ -100,6 +100,22 @@ def _empty(engine):
   check_invariants(engine.batch.state)
 
 
+def test_steps_beside_chunks_count_among_the_blocks_taken(on, requests, monkeypatch):
+  """What is known to be free goes by them, or a prefix is not dropped where it has to be."""
+  prefill, spare = on._prefill, []
+
+  def noted(*arguments):
+    prefill(*arguments)
+    spare.append(on.batch.free_blocks - on._free_now)
+
+  monkeypatch.setattr(on, "_prefill", noted)
+  for request in requests:
+    on.add(*request)
+  _serve(on)
+  assert len(spare) > 10
+  assert min(spare) >= 0
+
+
 def test_each_request_twice_alone(on, requests, without):
   """The second time its prefix is cached; also what a request has left serves others."""
   _empty(on)
