@@ -32,10 +32,9 @@ from kvc_jax.model.llama import unstack_layers
 
 _STEPS = (1, 4, 16)
 _CHUNK = 2048
+_GRAPHS = "xla_gpu_enable_command_buffer"
 _LAUNCHES: dict[str, dict[str, Any]] = {
-    "graphs": {}, "kernels": {"xla_gpu_enable_command_buffer": ""}, "whole loop": {
-        "xla_gpu_enable_command_buffer":
-            "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"}}
+    "graphs": {}, "whole loop": {_GRAPHS: steps.LOOP_OPTIONS[_GRAPHS]}, "kernels": {_GRAPHS: ""}}
 
 
 def main() -> None:

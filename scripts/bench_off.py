@@ -52,7 +52,7 @@ def main() -> None:
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, config.vocab_size, args.input).tolist() for _ in range(args.prompts)]
   for engine in engines.values():
-    _serve(engine, prompts[:1], 3)  # compiles
+    _serve(engine, prompts[:3], 8)  # compiles; with steps beside chunks, and chunks ahead
   seconds: dict[str, list[float]] = {name: [] for name in engines}
   outputs: dict[str, list[Any]] = {}
   for turn in range(args.rounds):
@@ -198,7 +198,7 @@ def _decoding(state: CacheState, llama: Llama, active: jax.Array) -> tuple[Cache
   return state, ok, attend
 
 
-@functools.partial(jax.jit, donate_argnames="state", compiler_options=steps.DECODE_OPTIONS)
+@functools.partial(jax.jit, donate_argnames="state", compiler_options=steps.LOOP_OPTIONS)
 def _decode_loop(
     model: FlatModel, state: CacheState, rows: steps.DecodeRows, num_steps: jax.Array
 ) -> tuple[steps.Decoded, CacheState]:
