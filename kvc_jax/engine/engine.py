@@ -30,7 +30,7 @@ from kvc_jax.engine.prefix_cache import PrefixCache
 from kvc_jax.engine.request import EngineStats, FinishReason, SamplingParams, Update
 from kvc_jax.engine.scheduler import Scheduler
 from kvc_jax.engine.sequence import Sequence
-from kvc_jax.engine.steps import Decoded, Usage
+from kvc_jax.engine.steps import Usage
 from kvc_jax.errors import InputError, QueueFull, check_count, check_real
 from kvc_jax.eviction.compression import Compression
 from kvc_jax.eviction.score import ScoringRule, check_rule
@@ -180,8 +180,7 @@ class Engine:
     self._flight: Flight | None = None  # what is being dispatched
     self._sealed: Flight | None = None  # what was dispatched before that, and not read yet
     self._chunks_ahead = 0  # prompt chunks of the next step that were dispatched already
-    self._ride: Decoded | None = None  # of the newest decode step beside a chunk
-    self._riders: list[Sequence] = []  # those that had a part in it
+    self._ride: Dispatched | None = None  # the newest decode step beside a chunk
     self._riding: set[ScoringRule | None] = set()  # decode rules of those that go beside a chunk of this step
     self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
     self._stalled = False  # a sequence got no block, and none has come back since
@@ -414,7 +413,7 @@ class Engine:
     """
     ahead, self._chunks_ahead = self._chunks_ahead, 0
     if not ahead:
-      self._riders = []
+      self._ride = None
     prefilled = [self._prefill_chunk() for _ in range(self._chunks_per_step - ahead)]
     prefills = ahead > 0 or any(prefilled)
     self._decode(1 if prefills else self.batch.steps_per_sync)
@@ -716,8 +715,8 @@ class Engine:
       return
     count, blocks = self._next_piece(sequence)
     if blocks - sequence.held_blocks + self._scheduler.blocks_ahead <= self._scheduler.free_blocks:
-      self._prefill(
-          sequence, count, blocks, [s for s in self._scheduler.running if not s.ahead or s in self._riders])
+      rode = self._ride.sequences if self._ride else []
+      self._prefill(sequence, count, blocks, [s for s in self._scheduler.running if not s.ahead or s in rode])
       self._chunks_ahead = 1
 
   def _next_piece(self, sequence: Sequence) -> tuple[int, int]:
@@ -732,12 +731,11 @@ class Engine:
     rules = {None, ride_rule(sequence.compression)}
     riders = [s for s in others
               if s.decodes and s.steps_left(self.max_model_len) > 0 and decode_rule(s.compression) in rules]
-    found = self.batch.mixed(sequence, count, riders, self._ride)
+    found = self.batch.mixed(sequence, count, riders, self._ride.found if self._ride else None)
     self._riding |= rules
     self._free_now -= len(riders) * self.config.heads_per_sequence
     if riders:
-      self._riders, self._ride = riders, found.decoded
-      self._in_flight.decodes(riders, [1] * len(riders), found.decoded)
+      self._ride = self._in_flight.decodes(riders, [1] * len(riders), found.decoded)
     self._counts["prompt_tokens"] += count
     self._in_flight.given.append(found.ok)
     self._in_flight.given_to.append(sequence)

@@ -98,11 +98,13 @@ class Flight:
     return ([(d.found.counts, d.found.tokens) for d in self.decoded], [f.token for f in self.first],
             [freed for _, freed in self.evicted], self.given)
 
-  def decodes(self, sequences: list[Sequence], limits: list[int], found: Decoded) -> None:
+  def decodes(self, sequences: list[Sequence], limits: list[int], found: Decoded) -> Dispatched:
     """Takes decode steps, which their sequences are `ahead` by from now on."""
-    self.decoded.append(Dispatched(sequences, [s.slot for s in sequences], limits, found))
+    dispatched = Dispatched(sequences, [s.slot for s in sequences], limits, found)
+    self.decoded.append(dispatched)
     for sequence, limit in zip(sequences, limits, strict=True):
       sequence.ahead += limit
+    return dispatched
 
   def seal(self, usage: Usage) -> None:
     """Takes what the cache holds behind it, and starts the copies to the host."""
