@@ -238,12 +238,62 @@ DECODE_SHAPES = {
 """Shapes that benchmarks and docs/performance.md name."""
 
 
+Order = Literal["shuffled", "in order", "served"]
+"""Of blocks in the pool: at random; as a fresh pool hands them out; or as a pool in use does, see `order_of_blocks`."""
+
+
+def order_of_blocks(blocks: np.ndarray, spare: int, order: Order, rng: np.random.Generator) -> np.ndarray:
+  """Ids of the blocks that heads hold, in the order of (layer, sequence, head, block), then the spare ones.
+
+  "served" is what is left by a pool that has been in use with nothing compressed: each sequence has given way
+  to another three times, in random order, and the others were shorter. Prompts, seven eighths of a sequence, take their
+  blocks in chunks of 2048 tokens, head by head; then all sequences decode, and take one for each head in turn.
+
+  Args:
+    blocks: [L, S, H] blocks of each head; for "served" the same in all layers and heads of a sequence.
+    spare: free blocks.
+    order: see `Order`.
+    rng: what is random.
+
+  Returns:
+    i32 [blocks.sum() + spare], from 0.
+  """
+  every = int(blocks.sum()) + spare
+  if order != "served":
+    return (rng.permutation(every) if order == "shuffled" else np.arange(every)).astype(np.int32)
+  layers, seqs, heads = blocks.shape
+  assert (blocks == blocks[:1, :, :1]).all(), "heads that differ were compressed"
+  free = np.arange(every, dtype=np.int32)[::-1]  # a stack, its top at the end
+  held = [np.zeros((layers, heads, 0), np.int32) for _ in range(seqs)]
+
+  def take(seq: int, count: int) -> None:
+    nonlocal free
+    taken = free[len(free) - count * layers * heads :][::-1].reshape(layers, heads, count)
+    free = free[: len(free) - taken.size]
+    held[seq] = np.concatenate([held[seq], taken], axis=2)
+
+  for turn in range(4):
+    wanted = blocks[0, :, 0] if turn == 3 else (blocks[0, :, 0] * rng.uniform(0.3, 1, seqs)).astype(int)
+    prompts = wanted * 7 // 8
+    for seq in rng.permutation(seqs):
+      free = np.concatenate([free, held[seq].reshape(-1)])
+      held[seq] = held[seq][..., :0]
+      for begin in range(0, prompts[seq], 128):
+        take(seq, min(128, prompts[seq] - begin))
+    for step in range((wanted - prompts).max(initial=0)):
+      for seq in range(seqs):
+        if step < wanted[seq] - prompts[seq]:
+          take(seq, 1)
+  rows = [held[seq][layer, head] for layer in range(layers) for seq in range(seqs) for head in range(heads)]
+  return np.concatenate([*rows, free])
+
+
 def make_cache(
     lengths: np.ndarray, *, head_dim: int = 128, block_size: int = 16, dtype: jax.typing.DTypeLike = jnp.bfloat16,
     spare_blocks: int = 0, max_blocks_per_head: int | None = None, num_heads: int | None = None,
-    shuffled: bool = True, seed: int = 0,
+    order: Order = "shuffled", seed: int = 0,
 ) -> CacheState:
-  """A cache that holds `lengths` KVs [L, S, H], in blocks scattered at random over the pool.
+  """A cache that holds `lengths` KVs [L, S, H].
 
   Args:
     lengths: i32 [L, S, H].
@@ -253,7 +303,7 @@ def make_cache(
     spare_blocks: free blocks besides those that are held.
     max_blocks_per_head: M; by default what the longest head needs.
     num_heads: query heads, for decode steps that score.
-    shuffled: False leaves each head's blocks in order, as a fresh pool hands them out.
+    order: of the blocks. "served" takes a sequence's longest head for all of its heads.
     seed: of block ids and values.
   """
   rng = np.random.default_rng(seed)
@@ -264,8 +314,7 @@ def make_cache(
       num_layers=layers, num_slots=slots, num_kv_heads=kv_heads, head_dim=head_dim, block_size=block_size,
       num_blocks=1 + total + spare_blocks, max_blocks_per_head=max_blocks_per_head or int(blocks.max()), dtype=dtype,
       num_heads=num_heads)
-  every = total + spare_blocks
-  ids = (rng.permutation(every) if shuffled else np.arange(every)).astype(np.int32) + 1
+  ids = order_of_blocks(blocks, spare_blocks, order, rng) + 1
   tables = np.zeros((*lengths.shape, config.max_blocks_per_head), np.int32)
   tables[np.arange(config.max_blocks_per_head) < blocks[..., None]] = ids[:total]
   positions = np.zeros((config.num_blocks, block_size), np.int32)

@@ -39,7 +39,7 @@ class Variant:
     scores: whether scores are kept up to date.
     every: one query in so many is observed, at the same step in all sequences; what is timed is the mean.
     buffer: newest tokens that a query does not count for; above 0 positions are read too.
-    shuffled: whether blocks lie at random, or as a fresh pool hands them out.
+    order: of the blocks in the pool.
     dtype: of the pool; queries are bfloat16.
   """
 
@@ -47,7 +47,7 @@ class Variant:
   scores: bool = False
   every: int = FullAttention().decode_every
   buffer: int = 0
-  shuffled: bool = True
+  order: bench_common.Order = "shuffled"
   dtype: str = "bfloat16"
 
 
@@ -56,9 +56,11 @@ VARIANTS = {
     "scores": Variant(scores=True),
     "scores, buffer 10": Variant(scores=True, buffer=10),
     "scores, every query": Variant(scores=True, every=1),
-    "in order": Variant(shuffled=False),
-    "in order, scores": Variant(shuffled=False, scores=True),
-    "in order, scores, every query": Variant(shuffled=False, scores=True, every=1),
+    "in order": Variant(order="in order"),
+    "in order, scores": Variant(order="in order", scores=True),
+    "in order, scores, every query": Variant(order="in order", scores=True, every=1),
+    "served": Variant(order="served"),
+    "served, scores": Variant(order="served", scores=True),
     "mosaic": Variant(backend="mosaic"),
     "triton": Variant(backend="triton"),
     "mosaic, scores": Variant(backend="mosaic", scores=True),
@@ -66,9 +68,9 @@ VARIANTS = {
     "fp8": Variant(dtype="float8_e4m3fn"),
     "xla": Variant(backend="xla"),
 }
-_ON_ALL_SHAPES = ("mosaic", "triton")
+_ON_ALL_SHAPES = ("mosaic", "triton", "served")
 _ON_THE_FIRST = (
-    *_ON_ALL_SHAPES, "mosaic, scores", "triton, scores", "scores, every query", "scores, buffer 10", "in order",
+    *_ON_ALL_SHAPES, "served, scores", "mosaic, scores", "triton, scores", "scores, every query", "scores, buffer 10", "in order",
     "in order, scores", "in order, scores, every query", "fp8")
 PEER_SHAPES = tuple(name for name, shape in bench_common.DECODE_SHAPES.items() if shape.ragged_by != "head")
 
@@ -81,7 +83,7 @@ def time_variant(shape: bench_common.DecodeShape, variant: Variant) -> tuple[ben
   heads = shape.kv_heads * shape.group
   state = bench_common.make_cache(
       shape.lengths(layers), head_dim=shape.head_dim, block_size=shape.block_size, dtype=variant.dtype,
-      shuffled=variant.shuffled, num_heads=heads)
+      order=variant.order, num_heads=heads)
   q = jax.random.normal(jax.random.key(1), (shape.seqs, heads, shape.head_dim), jnp.bfloat16)
   size = bench_common.kv_bytes(state)
   with backends.use(variant.backend):
@@ -112,12 +114,15 @@ def run_shape(name: str, variants: Sequence[str], bandwidth: float) -> list[dict
   shape, rows = bench_common.DECODE_SHAPES[name], []
   for label in variants:
     variant = VARIANTS[label]
+    if variant.order == "served" and shape.ragged_by == "head":
+      continue
     supported = {support.backend for support in backends.TABLE["paged_decode"]} | {"auto", backends.XLA}
     if variant.backend not in supported:
       continue
     timing, size = time_variant(shape, variant)
-    rows.append({"shape": name, "variant": label, **timing.row(), "TB/s": size / timing.median / 1e12,
-                 "of_bandwidth": size / timing.median / bandwidth})
+    rate = size / timing.median
+    rows.append({"shape": name, "variant": label, "order": variant.order, **timing.row(), "TB/s": rate / 1e12,
+                 "of_bandwidth": rate / bandwidth})
     bench_common.print_table(rows[-1:])
   return rows
 
@@ -128,8 +133,8 @@ def run_peers(names: list[str], wanted: list[str], bandwidth: float) -> list[dic
   for peer in wanted:
     # JAX's own kernel is far behind, and slow to compile in its four configurations.
     some = [name for name in names if peer != "jax-paged-attention" or name in ("uniform-4k", "8-sequences-8k")]
-    for found in peers.measure(peer, some):
-      row = {"shape": found["shape"], "variant": f"{peer} {found.get('variant', '')}".strip()}
+    for found in [row for order in peers.ORDERS[peer] for row in peers.measure(peer, some, order=order)]:
+      row = {"shape": found["shape"], "variant": f"{peer} {found.get('variant', '')}".strip(), "order": found["order"]}
       if "us" in found:
         rate = found["kv_bytes"] / (found["us"] * 1e-6)
         row |= {key: found[key] for key in ("us", "us_least", "us_most")}
@@ -141,15 +146,16 @@ def run_peers(names: list[str], wanted: list[str], bandwidth: float) -> list[dic
 
 
 def compare(rows: list[dict]) -> None:
-  """Adds to our rows their speed over FlashInfer's better layout, on the same shape."""
-  best: dict[str, float] = {}
+  """Adds to our rows their speed over FlashInfer's better layout, on the same shape with pages in the same order."""
+  best: dict[tuple[str, str], float] = {}
   for row in rows:
     if row["variant"].startswith("flashinfer") and "us" in row:
-      best[row["shape"]] = min(row["us"], best.get(row["shape"], np.inf))
+      key = row["shape"], row["order"]
+      best[key] = min(row["us"], best.get(key, np.inf))
   for row in rows:
-    same = row["variant"] in VARIANTS and VARIANTS[row["variant"]].dtype == "bfloat16"
-    if same and row["shape"] in best:
-      row["over_flashinfer"] = best[row["shape"]] / row["us"]
+    variant = VARIANTS.get(row["variant"])
+    if variant and variant.dtype == "bfloat16" and (row["shape"], variant.order) in best:
+      row["over_flashinfer"] = best[row["shape"], variant.order] / row["us"]
 
 
 def main() -> None:

@@ -21,31 +21,37 @@ import statistics
 import subprocess
 import sys
 import time
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from bench_common import DECODE_SHAPES, LAYERS_PER_STEP, DecodeShape
+from bench_common import DECODE_SHAPES, LAYERS_PER_STEP, DecodeShape, Order, order_of_blocks
 
+Timings = Iterator[tuple[str, tuple[float, float, float]]]
+"""Variant, and seconds of a call: median, least and most."""
 _POOL_BYTES = 3 << 30  # at least; many times the L2 cache, so that no call finds its KVs there
 _ROUNDS, _REPEATS = 5, 5
 
 
-def measure(peer: str, shapes: Sequence[str], dtype: str = "bfloat16", limit: float = 300) -> list[dict[str, Any]]:
+def measure(
+    peer: str, shapes: Sequence[str], dtype: str = "bfloat16", order: Order = "shuffled", limit: float = 300
+) -> list[dict[str, Any]]:
   """Runs one peer in a process of its own.
 
   Args:
     peer: a key of PEERS.
     shapes: names in DECODE_SHAPES.
     dtype: of queries, keys and values.
+    order: of the pages in the pool.
     limit: seconds that the process may take.
 
   Returns:
-    Rows with shape, peer, variant, us (median), us_least, us_most, and kv_bytes of
-    one call; or shape, peer and error where it failed.
+    Rows with shape, peer, order, variant, us (median), us_least, us_most, and kv_bytes of
+    one call; or shape, peer, order and error where it failed.
   """
-  command = [sys.executable, str(pathlib.Path(__file__)), peer, *shapes, "--dtype", dtype]
+  command = [sys.executable, str(pathlib.Path(__file__)), peer, *shapes, "--dtype", dtype, "--order", order]
   try:
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     output, error = done.stdout, done.stderr
@@ -54,13 +60,18 @@ def measure(peer: str, shapes: Sequence[str], dtype: str = "bfloat16", limit: fl
   rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
   missing = [name for name in shapes if name not in {row["shape"] for row in rows}]
   reason = (error.strip().splitlines() or ["no output"])[-1]
-  return rows + [{"shape": name, "peer": peer, "error": reason} for name in missing]
+  return rows + [{"shape": name, "peer": peer, "order": order, "error": reason} for name in missing]
 
 
 def _num_pools(shape: DecodeShape, itemsize: int) -> int:
   """Pools, of a layer each, that are read in turn."""
   one = int(shape.lengths(1).sum()) * 2 * shape.head_dim * itemsize
   return max(2, -(-_POOL_BYTES // one))
+
+
+def _page_ids(pages: np.ndarray, order: Order) -> np.ndarray:
+  """Ids of each sequence's pages, which hold all heads of a layer."""
+  return order_of_blocks(pages[None, :, None], 0, order, np.random.default_rng(0))
 
 
 # --------------------------------------------------------------------------- torch
@@ -93,7 +104,7 @@ def _time_graph(call: Callable[[int], None]) -> tuple[float, float, float]:
   return statistics.median(times), min(times), max(times)
 
 
-def flashinfer(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
+def flashinfer(shape: DecodeShape, dtype: str, order: Order) -> Timings:
   """FlashInfer's BatchDecodeWithPagedKVCacheWrapper on tensor cores, both layouts, in a CUDA graph."""
   nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
   os.environ.setdefault("CUDA_HOME", str(pathlib.Path(nvcc).resolve().parents[1]))
@@ -105,7 +116,7 @@ def flashinfer(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[floa
   pages = -(-lengths // shape.block_size)
   starts = np.concatenate([[0], np.cumsum(pages)])
   indptr, last = (torch.tensor(x, dtype=torch.int32) for x in (starts, lengths - (pages - 1) * shape.block_size))
-  indices = torch.randperm(int(pages.sum()), generator=torch.Generator().manual_seed(0)).to(torch.int32).cuda()
+  indices = torch.tensor(_page_ids(pages, order)).cuda()
   q = torch.randn(shape.seqs, shape.kv_heads * shape.group, shape.head_dim, device="cuda", dtype=kind)
   sides = {"NHD": (shape.block_size, shape.kv_heads), "HND": (shape.kv_heads, shape.block_size)}
   for layout, middle in sides.items():
@@ -127,8 +138,9 @@ def flashinfer(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[floa
     del pools, wrapper
 
 
-def torch_sdpa(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
+def torch_sdpa(shape: DecodeShape, dtype: str, order: Order) -> Timings:
   """torch's scaled_dot_product_attention on KVs that already lie gathered and padded (the gather is not timed)."""
+  del order
   import torch
   from torch.nn import functional
 
@@ -150,7 +162,7 @@ def torch_sdpa(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[floa
 # --------------------------------------------------------------------------- JAX
 
 
-def jax_paged_attention(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
+def jax_paged_attention(shape: DecodeShape, dtype: str, order: Order) -> Timings:
   """JAX's own Pallas-Triton `paged_attention` (deprecated upstream), the best of a few configurations."""
   import jax
   import jax.numpy as jnp
@@ -163,7 +175,7 @@ def jax_paged_attention(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, t
   lengths = shape.lengths(1)[0, :, 0]
   pages = -(-lengths // shape.block_size)
   longest = -(-int(pages.max()) // 16) * 16  # divides among the splits
-  ids = np.random.default_rng(0).permutation(int(pages.sum())).astype(np.int32)
+  ids = _page_ids(pages, order)
   tables = np.zeros((shape.seqs, longest), np.int32)
   tables[np.arange(longest) < pages[:, None]] = ids
   keys = jax.random.split(jax.random.key(0), 2 * _num_pools(shape, kind.itemsize) + 1)
@@ -189,6 +201,9 @@ def jax_paged_attention(shape: DecodeShape, dtype: str) -> Iterator[tuple[str, t
 
 
 PEERS = {"flashinfer": flashinfer, "torch-sdpa": torch_sdpa, "jax-paged-attention": jax_paged_attention}
+ORDERS: dict[str, tuple[Order, ...]] = {
+    "flashinfer": ("shuffled", "served", "in order"), "torch-sdpa": ("in order",), "jax-paged-attention": ("shuffled",)}
+"""Of pages, in which each peer is timed."""
 
 
 def main() -> None:
@@ -196,15 +211,17 @@ def main() -> None:
   parser.add_argument("peer", choices=PEERS)
   parser.add_argument("shapes", nargs="+", choices=DECODE_SHAPES)
   parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+  parser.add_argument("--order", default="shuffled", choices=typing.get_args(Order))
   args = parser.parse_args()
   for name in args.shapes:
     shape = DECODE_SHAPES[name]
     assert shape.ragged_by != "head", "no peer can run a shape that is ragged by head"
     size = int(shape.lengths(1).sum()) * 2 * shape.head_dim * 2
     start = time.perf_counter()
-    for variant, (median, least, most) in PEERS[args.peer](shape, args.dtype):
-      row = {"shape": name, "peer": args.peer, "variant": variant, "us": median * 1e6, "us_least": least * 1e6,
-             "us_most": most * 1e6, "kv_bytes": size, "seconds_to_measure": time.perf_counter() - start}
+    for variant, (median, least, most) in PEERS[args.peer](shape, args.dtype, args.order):
+      row = {"shape": name, "peer": args.peer, "order": args.order, "variant": variant, "us": median * 1e6,
+             "us_least": least * 1e6, "us_most": most * 1e6, "kv_bytes": size,
+             "seconds_to_measure": time.perf_counter() - start}
       print(json.dumps(row), flush=True)
 
 

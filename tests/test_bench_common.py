@@ -39,15 +39,30 @@ def test_lengths(bench):
     assert lengths.max() <= 90
 
 
-@pytest.mark.parametrize("ragged_by", [None, "sequence", "head"])
-def test_a_made_cache_keeps_the_invariants(bench, ragged_by):
+@pytest.mark.parametrize(
+    ("ragged_by", "order"), [(None, "served"), ("sequence", "served"), ("sequence", "in order"), ("head", "shuffled")])
+def test_a_made_cache_keeps_the_invariants(bench, ragged_by, order):
   shape = bench.DecodeShape(seqs=3, kv_heads=2, low=1, high=70, ragged_by=ragged_by)
   lengths = shape.lengths(2)
-  state = bench.make_cache(lengths, head_dim=8, spare_blocks=7, max_blocks_per_head=9)
+  state = bench.make_cache(lengths, head_dim=8, spare_blocks=7, max_blocks_per_head=9, order=order)
   check_invariants(state)
   np.testing.assert_array_equal(state.lengths, lengths)
   assert int(state.free_count) == 7
   assert bench.kv_bytes(state) == lengths.sum() / 2 * 2 * 8 * 2
+
+
+def test_a_pool_in_use_hands_out_runs_of_blocks(bench):
+  """Between a fresh pool, where all blocks of a head are neighbours, and a shuffled one, where none are."""
+  blocks, rng = np.full((2, 8, 3), 160), np.random.default_rng(0)
+
+  def neighbours(order):
+    ids = bench.order_of_blocks(blocks, 100, order, rng)
+    assert sorted(ids) == list(range(blocks.sum() + 100))
+    return np.mean(np.abs(np.diff(ids[: blocks.sum()].reshape(-1, 160))) == 1)
+
+  assert neighbours("in order") == 1
+  assert 0.5 < neighbours("served") < 0.9
+  assert neighbours("shuffled") < 0.02
 
 
 def test_each_timed_call_takes_what_the_last_one_gave(bench):
