@@ -70,8 +70,8 @@ VARIANTS = {
 }
 _ON_ALL_SHAPES = ("mosaic", "triton", "served")
 _ON_THE_FIRST = (
-    *_ON_ALL_SHAPES, "served, scores", "mosaic, scores", "triton, scores", "scores, every query", "scores, buffer 10", "in order",
-    "in order, scores", "in order, scores, every query", "fp8")
+    *_ON_ALL_SHAPES, "served, scores", "mosaic, scores", "triton, scores", "scores, every query", "scores, buffer 10",
+    "in order", "in order, scores", "in order, scores, every query", "fp8")
 PEER_SHAPES = tuple(name for name, shape in bench_common.DECODE_SHAPES.items() if shape.ragged_by != "head")
 
 
