@@ -148,6 +148,9 @@ def attend_chunk(
     sums = column_scores(
         q, counted, query_positions, state.kv, state.positions, state.tables, state.lengths, layer, slot,
         scale=scale, power=rule.power, buffer=rule.buffer)
+    # The next layer's write of KVs comes behind `out`: with the sums before it, nobody reads the pool any more by
+    # then. XLA would copy the whole pool for a reader that may come late.
+    out, sums = lax.optimization_barrier((out, sums))
     state = _put_scores(state, layer, slot, jnp.sum(sums, axis=1), add=True)
   if rule is not None and rule.observed == "last":
     observation = _observe(observation, layer, q, log_sums, count)
