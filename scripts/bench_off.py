@@ -30,6 +30,7 @@ from kvc_jax.cache.state import CacheState
 from kvc_jax.engine import steps
 from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.engine import Engine
+from kvc_jax.engine.packed import Packed
 from kvc_jax.engine.request import SamplingParams
 from kvc_jax.engine.sequence import Sequence
 from kvc_jax.eviction.compression import Compression
@@ -126,8 +127,8 @@ class SharedBatch(Batch):
         free_ids=jnp.arange(blocks - 1, -1, -1, dtype=jnp.int32), free_count=jnp.asarray(blocks - 1, jnp.int32))
 
   def _mixed(
-      self, compression: Compression | None, chunk: steps.PromptChunk, rows: steps.DecodeRows, observation: Observation,
-      most_prefix: int | None,
+      self, compression: Compression | None, chunk: Packed[steps.PromptChunk], rows: Packed[steps.DecodeRows],
+      observation: Observation, most_prefix: int | None,
   ) -> tuple[steps.Mixed, Observation]:
     assert compression is None
     found, self.state = _mixed_step(self._flat, self.state, chunk, rows, most_prefix)
@@ -150,9 +151,11 @@ def _usage(state: CacheState, heads: int) -> steps.Usage:
 
 @functools.partial(jax.jit, static_argnames="most_prefix", donate_argnames="state")
 def _mixed_step(
-    model: FlatModel, state: CacheState, chunk: steps.PromptChunk, rows: steps.DecodeRows, most_prefix: int | None
+    model: FlatModel, state: CacheState, packed_chunk: Packed[steps.PromptChunk],
+    packed_rows: Packed[steps.DecodeRows], most_prefix: int | None,
 ) -> tuple[steps.Mixed, CacheState]:
   """`steps.mixed_step` with shared tables."""
+  chunk, rows = packed_chunk.unpacked(), packed_rows.unpacked()
   llama, slot, width = model.model(), chunk.slot, chunk.tokens.shape[0]
   heads = jnp.arange(llama.config.num_kv_heads, dtype=jnp.int32)
   state, (ok,) = _allocate(state, slot[None], chunk.count[None], -(-width // state.block_size))
@@ -200,7 +203,7 @@ def _decoding(state: CacheState, llama: Llama, active: jax.Array) -> tuple[Cache
 
 @functools.partial(jax.jit, donate_argnames="state", compiler_options=steps.LOOP_OPTIONS)
 def _decode_loop(
-    model: FlatModel, state: CacheState, rows: steps.DecodeRows, num_steps: jax.Array
+    model: FlatModel, state: CacheState, rows: Packed[steps.DecodeRows], num_steps: jax.Array
 ) -> tuple[steps.Decoded, CacheState]:
   """`steps.decode_loop` with shared tables."""
   llama = model.model()
@@ -210,7 +213,7 @@ def _decode_loop(
     hidden, kv = llama(tokens, jnp.maximum(state.num_tokens - 1, 0), attend, state.kv)
     return llama.logits(hidden), ok, _with_pool(state, kv)
 
-  return steps.run_loop(decode, state, rows, num_steps, llama.config.vocab_size)
+  return steps.run_loop(decode, state, rows.unpacked(), num_steps, llama.config.vocab_size)
 
 
 def _with_pool(state: CacheState, kv: jax.Array) -> CacheState:

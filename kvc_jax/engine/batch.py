@@ -11,6 +11,7 @@ from kvc_jax.cache.share import Held
 from kvc_jax.cache.snapshot import PIECE_KVS, SequenceSnapshot, export_sequence, import_sequence
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.engine import steps
+from kvc_jax.engine.packed import Packed
 from kvc_jax.engine.request import CompressionReceipt
 from kvc_jax.engine.sequence import Sequence
 from kvc_jax.eviction.compression import MOST_KEPT_RANGES, Compression
@@ -129,18 +130,18 @@ class Batch:
     return found
 
   def _mixed(
-      self, compression: Compression | None, chunk: steps.PromptChunk, rows: steps.DecodeRows, observation: Observation,
-      most_prefix: int | None,
+      self, compression: Compression | None, chunk: Packed[steps.PromptChunk], rows: Packed[steps.DecodeRows],
+      observation: Observation, most_prefix: int | None,
   ) -> tuple[steps.Mixed, Observation]:
     found, self.state, observation = steps.mixed_step(
         self._flat, self.state, observation, chunk, rows, rule=prefill_rule(compression),
         decode_rule=ride_rule(compression), most_prefix=most_prefix)
     return found, observation
 
-  def _chunk(self, tokens: Any, slot: int, count: int, sequence: Sequence | None) -> steps.PromptChunk:
+  def _chunk(self, tokens: Any, slot: int, count: int, sequence: Sequence | None) -> Packed[steps.PromptChunk]:
     wanted = sequence is not None and sequence.params.logprobs is not None
     arrays: list[Any] = [tokens, np.int32(slot), np.int32(count), self._sampling([sequence]), np.array([wanted])]
-    return steps.PromptChunk(*arrays)
+    return Packed.of(steps.PromptChunk(*arrays))
 
   def _new_observation(self, rule: ScoringRule | None) -> Observation:
     shape = self.model.config
@@ -193,10 +194,9 @@ class Batch:
         rule=next(iter(rules), None))
     return found
 
-  def _rows(self, sequences: list[Sequence], limits: list[int], most: int) -> steps.DecodeRows:
+  def _rows(self, sequences: list[Sequence], limits: list[int], most: int) -> Packed[steps.DecodeRows]:
     """What a call of at most so many steps is to do; the token of a sequence that has steps `ahead` may be missing."""
     slots = self.config.num_slots
-    # NumPy arrays go to the device with the call itself, which is quicker than a transfer of their own.
     tokens: Any = np.zeros(slots, np.int32)
     allowed: Any = np.zeros(slots, np.int32)
     wanted: Any = np.zeros(slots, bool)
@@ -215,9 +215,9 @@ class Batch:
       stop_ids[at, : len(stops)] = stops
       wanted[at] = sequence.params.logprobs is not None
       sampled[at] = sequence
-    return steps.DecodeRows(
+    return Packed.of(steps.DecodeRows(
         tokens=tokens, limits=allowed, given=given, stop_ids=stop_ids, sampling=self._sampling(sampled),
-        logprobs=wanted)
+        logprobs=wanted))
 
   def _sampling(self, sequences: Sequences[Sequence | None]) -> SamplingArrays:
     rows = [_sampling_row(s, self.model.config.vocab_size) for s in sequences]
@@ -256,8 +256,9 @@ class Batch:
       sequence.has_gaps = True
       sequence.compressed_at = sequence.tokens_seen
     model = self._flat if getattr(first.scoring, "needs_output", False) else None
+    arrays: list[Any] = [*rows[:5], keep, rows[5], mass]
     self.state, eviction = steps.evict(
-        self.state, *rows[:5], keep, rows[5], mass, rule=first.scoring, allocation=first.allocation, model=model)
+        self.state, Packed.of(steps.EvictRows(*arrays)), rule=first.scoring, allocation=first.allocation, model=model)
     return sequences, eviction.freed_blocks
 
   def usage(self) -> steps.Usage:

@@ -18,6 +18,7 @@ from kvc_jax.attention.mixed import mixed_attention
 from kvc_jax.attention.prefill import Observation, init_observation, score_observed
 from kvc_jax.cache import alloc, share
 from kvc_jax.cache.state import CacheState
+from kvc_jax.engine.packed import Packed, unpack
 from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.shares import Allocation
 from kvc_jax.eviction.step import Eviction
@@ -142,7 +143,8 @@ class Decoded:
 @functools.partial(
     jax.jit, static_argnames="rule", donate_argnames="state", compiler_options=LOOP_OPTIONS)
 def decode_loop(
-    model: Llama | FlatModel, state: CacheState, rows: DecodeRows, num_steps: jax.Array, *, rule: ScoringRule | None
+    model: Llama | FlatModel, state: CacheState, rows: DecodeRows | Packed[DecodeRows], num_steps: jax.Array, *,
+    rule: ScoringRule | None,
 ) -> tuple[Decoded, CacheState]:
   """Several decode steps with sampling in one program. An outermost jit, as `decode_step` is.
 
@@ -151,7 +153,7 @@ def decode_loop(
   Args:
     model: the model.
     state: the cache; donated.
-    rows: what to do for each slot.
+    rows: what to do for each slot; `Packed` costs the host less.
     num_steps: i32 [] most steps, up to K; traced, so one compile serves any number.
     rule: as for `decode_step`.
 
@@ -159,7 +161,8 @@ def decode_loop(
     What was found, and the cache.
   """
   model = _whole(model)
-  return run_loop(functools.partial(_decode, model, rule=rule), state, rows, num_steps, model.config.vocab_size)
+  decode = functools.partial(_decode, model, rule=rule)
+  return run_loop(decode, state, unpack(rows), num_steps, model.config.vocab_size)
 
 
 Step = Callable[[CacheState, jax.Array, jax.Array], tuple[jax.Array, jax.Array, CacheState]]
@@ -260,8 +263,8 @@ def mixed_step(
     model: Llama | FlatModel,
     state: CacheState,
     observation: Observation,
-    chunk: PromptChunk,
-    rows: DecodeRows,
+    chunk: PromptChunk | Packed[PromptChunk],
+    rows: DecodeRows | Packed[DecodeRows],
     *,
     rule: ScoringRule | None,
     decode_rule: ScoringRule | None = None,
@@ -275,7 +278,7 @@ def mixed_step(
     model: the model.
     state: the cache; donated.
     observation: of the prompt's chunks before; donated.
-    chunk: the prompt's next piece.
+    chunk: the prompt's next piece; `Packed`, as rows too, costs the host less.
     rows: of the decode step; K = 1, and limits are 0 or 1.
     rule: None where the prompt will not be compressed.
     decode_rule: as the `rule` of `decode_step`.
@@ -284,25 +287,25 @@ def mixed_step(
   Returns:
     What was found; the cache; the observation.
   """
-  model = _whole(model)
-  slots, width = jnp.arange(state.num_slots, dtype=jnp.int32), chunk.tokens.shape[0]
-  state, (ok,) = alloc.allocate(state, chunk.slot[None], chunk.count[None], max_count=width)
-  count, active = jnp.where(ok, chunk.count, 0), rows.limits > 0
+  model, piece, riders = _whole(model), unpack(chunk), unpack(rows)
+  slots, width = jnp.arange(state.num_slots, dtype=jnp.int32), piece.tokens.shape[0]
+  state, (ok,) = alloc.allocate(state, piece.slot[None], piece.count[None], max_count=width)
+  count, active = jnp.where(ok, piece.count, 0), riders.limits > 0
   state, rows_ok = alloc.allocate(state, slots, active.astype(jnp.int32), max_count=1)
   rows_ok &= active
-  positions = state.num_tokens[chunk.slot] - count + jnp.arange(width, dtype=jnp.int32)
+  positions = state.num_tokens[piece.slot] - count + jnp.arange(width, dtype=jnp.int32)
   scale = model.config.head_dim**-0.5
 
   def attend(layer, q, k, v, carry):
     state, observation = carry
     out, state, observation = mixed_attention(
-        state, observation, layer, q, k, v, slot=chunk.slot, count=count, active=rows_ok, scale=scale, rule=rule,
+        state, observation, layer, q, k, v, slot=piece.slot, count=count, active=rows_ok, scale=scale, rule=rule,
         decode_rule=decode_rule, most_prefix=most_prefix)
     return out, (state, observation)
 
   positions = jnp.concatenate([positions, jnp.maximum(state.num_tokens - 1, 0)])
   found, (state, observation) = run_mixed(
-      model, chunk, rows, (ok, rows_ok), positions, attend, (state, observation))
+      model, piece, riders, (ok, rows_ok), positions, attend, (state, observation))
   return found, state, observation
 
 
@@ -325,7 +328,7 @@ def run_mixed(
 
 
 @jax.jit
-def follow(rows: DecodeRows, before: Decoded, asked: jax.Array) -> DecodeRows:
+def follow(rows: Packed[DecodeRows], before: Decoded, asked: jax.Array) -> Packed[DecodeRows]:
   """Rows that go on where a call ended that nobody has looked at yet.
 
   Args:
@@ -336,10 +339,11 @@ def follow(rows: DecodeRows, before: Decoded, asked: jax.Array) -> DecodeRows:
   Returns:
     Rows with the tokens that were drawn. Those who drew a stop id, or found no block, are at rest.
   """
+  plain = rows.unpacked()
   last = before.tokens[jnp.maximum(asked, 1) - 1, jnp.arange(len(asked))]
-  goes = (before.counts == asked) & ~jnp.any(last[:, None] == rows.stop_ids, axis=1)
-  return dataclasses.replace(
-      rows, tokens=jnp.where(asked > 0, last, rows.tokens), limits=jnp.where((asked > 0) & ~goes, 0, rows.limits))
+  goes = (before.counts == asked) & ~jnp.any(last[:, None] == plain.stop_ids, axis=1)
+  return Packed.of(dataclasses.replace(
+      plain, tokens=jnp.where(asked > 0, last, plain.tokens), limits=jnp.where((asked > 0) & ~goes, 0, plain.limits)))
 
 
 @jax.tree_util.register_dataclass
@@ -381,27 +385,42 @@ def score_prompt(
   return score_observed(state, observation, slot, scale=scale, rule=rule, in_order=in_order)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvictRows:
+  """What is to be evicted of B sequences; the arguments of `kvc_jax.eviction.step.evict` by their names there.
+
+  Attributes:
+    slots: i32 [B]; S = ignore.
+    cache_tokens: i32 [B].
+    window: i32 [B].
+    sinks: i32 [B].
+    first_query: i32 [B].
+    keep: i32 [B, R, 2].
+    least: i32 [B].
+    mass: f32 [B]; None for none.
+  """
+
+  slots: jax.Array
+  cache_tokens: jax.Array
+  window: jax.Array
+  sinks: jax.Array
+  first_query: jax.Array
+  keep: jax.Array
+  least: jax.Array | None = None
+  mass: jax.Array | None = None
+
+
 @functools.partial(jax.jit, static_argnames=("rule", "allocation"), donate_argnames="state")
 def evict(
-    state: CacheState,
-    slots: jax.Array,
-    cache_tokens: jax.Array,
-    window: jax.Array,
-    sinks: jax.Array,
-    first_query: jax.Array,
-    keep: jax.Array,
-    least: jax.Array | None = None,
-    mass: jax.Array | None = None,
-    *,
-    rule: ScoringRule,
-    allocation: Allocation,
+    state: CacheState, rows: EvictRows | Packed[EvictRows], *, rule: ScoringRule, allocation: Allocation,
     model: Llama | FlatModel | None = None,
 ) -> tuple[CacheState, Eviction]:
   """`kvc_jax.eviction.step.evict`, jitted and donated; `model` for rules that need the output projection."""
   output = None if model is None else output_projections(_whole(model))
-  return evict_step(
-      state, slots, cache_tokens, window, sinks, first_query, keep, rule=rule, allocation=allocation, output=output,
-      least=least, mass=mass)
+  given = unpack(rows)
+  arguments = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+  return evict_step(state, **arguments, rule=rule, allocation=allocation, output=output)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

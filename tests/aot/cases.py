@@ -237,7 +237,7 @@ def _evict_step() -> Program:
   row = _array((_SEQS,))
   static = {"rule": WindowAttention(), "allocation": "all"}
   keep = _array((_SEQS, MOST_KEPT_RANGES, 2))
-  return Program(steps.evict, (_state(), row, row, row, row, row, keep, row), (0,), static)
+  return Program(steps.evict, (_state(), steps.EvictRows(row, row, row, row, row, keep, row)), (0,), static)
 
 
 _STEPS: dict[str, tuple[str, Callable[[], Program]]] = {

@@ -80,8 +80,8 @@ def _evict(allocation, rule=None, mass=False):
   rows = (_ints(4),) * 5
   share = jax.ShapeDtypeStruct((4,), jnp.float32) if mass else None
   model = LLAMA if isinstance(rule, CriticalKV) else None
-  return steps.evict.lower(
-      STATE, *rows, _ints(4, 8, 2), _ints(4), share, rule=rule or WindowAttention(), allocation=allocation, model=model)
+  rows = steps.EvictRows(*rows, _ints(4, 8, 2), _ints(4), share)
+  return steps.evict.lower(STATE, rows, rule=rule or WindowAttention(), allocation=allocation, model=model)
 
 
 def _score(rule=None):

@@ -14,6 +14,7 @@ from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine import steps
 from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.output_text import OutputText
+from kvc_jax.engine.packed import Packed, unpack
 from kvc_jax.engine.sequence import Sequence
 from kvc_jax.tokenizer import IncrementalDecoder
 
@@ -119,7 +120,7 @@ def test_who_drew_a_stop_id_or_found_no_block_rests(count, token, goes):
       tokens=jnp.array([0, 5]), limits=jnp.array([3, 3]), given=jnp.full((2, 4), -1), stop_ids=jnp.array([[9, -1]] * 2),
       sampling=None, logprobs=jnp.zeros(2, bool))
   before = steps.Decoded(jnp.array([count, 0]), jnp.array([[3, 0], [token, 0]]), None)
-  followed = steps.follow(rows, before, jnp.array([2, 0]))
+  followed = jax.jit(unpack)(steps.follow(Packed.of(rows), before, jnp.array([2, 0])))
   assert followed.limits.tolist() == [3 if goes else 0, 3]
   assert followed.tokens.tolist()[1] == 5
   if goes:
