@@ -109,17 +109,19 @@ def logprobs_of(
 
 def _best(values: Array, count: int) -> tuple[Array, Array]:
   """The `count` largest of each row [S, V] and their places, the largest first."""
+  return lax.platform_dependent(
+      values, cpu=lambda values: tuple(lax.top_k(values, count)), default=lambda values: best_one_by_one(values, count))
 
-  def one_by_one(values: Array) -> tuple[Array, Array]:
-    places = jnp.arange(values.shape[-1], dtype=jnp.int32)
-    best, ids = [], []
-    for _ in range(count):
-      ids.append(jnp.argmax(values, axis=-1).astype(jnp.int32))
-      best.append(jnp.max(values, axis=-1))
-      values = jnp.where(places == ids[-1][:, None], -jnp.inf, values)
-    return jnp.stack(best, axis=-1), jnp.stack(ids, axis=-1)
 
-  return lax.platform_dependent(values, cpu=lambda values: tuple(lax.top_k(values, count)), default=one_by_one)
+def best_one_by_one(values: Array, count: int) -> tuple[Array, Array]:
+  """What `lax.top_k` gives, the first of ties first, without its sort: for a GPU."""
+  places, keys = jnp.arange(values.shape[-1], dtype=jnp.int32), _in_order(values)
+  ids = []
+  for _ in range(count):
+    ids.append(jnp.argmax(keys, axis=-1).astype(jnp.int32))
+    keys = jnp.where(places == ids[-1][:, None], jnp.uint32(0), keys)  # below the key of -inf
+  found = jnp.stack(ids, axis=-1)
+  return jnp.take_along_axis(values, found, axis=-1), found
 
 
 def _truncate(logits: Array, params: SamplingArrays) -> Array:

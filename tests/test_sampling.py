@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvc_jax.sampling import SamplingArrays, _truncate, logprobs_of, sample
+from kvc_jax.sampling import SamplingArrays, _truncate, best_one_by_one, logprobs_of, sample
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 DRAWS = 4000
@@ -109,6 +109,18 @@ def test_nothing_sorts_or_loops_on_a_gpu():
   assert "stablehlo.case" in text("cuda")
   assert not any(f"stablehlo.{op}" in text("cuda") or f"chlo.{op}" in text("cuda") for op in ("sort", "top_k", "while"))
   assert "chlo.top_k" in text("cpu")
+
+
+@pytest.mark.parametrize("values", [
+    [[0.5, -np.inf, 2.0, -np.inf, 2.0, -np.inf], [-np.inf] * 6, [-1.0, 3.0, 0.0, -0.0, np.inf, 1e-30]]])
+def test_one_by_one_finds_what_top_k_does(values):
+  """Where few are finite too: none comes twice."""
+  values = jnp.array(values)
+  best, ids = best_one_by_one(values, 5)
+  expected, places = jax.lax.top_k(values, 5)
+  np.testing.assert_array_equal(ids[:2], places[:2])
+  np.testing.assert_array_equal(best, expected)
+  assert all(len(set(row)) == 5 for row in ids.tolist())
 
 
 def test_the_best_are_in_order_with_the_first_of_ties_first():
