@@ -5,7 +5,8 @@
         [--count 20] [--dtype float32] [--out FOLDER]
 
 Asks `--count` recall questions of each policy of eval_policies.py, and finds the value in the prompt (a token for each
-digit; `multi_value` asks for four values). A line for each policy: `right`, the percentage of right answers; `digit 1`
+digit; `multi_value` asks for four values; of `variables` the names that lead to the value count as values too, of one
+token each). A line for each policy: `right`, the percentage of right answers; `digit 1`
 to `digit 4`, the percentage of (layer, KV head) pairs that hold that digit's KV at the end, on the mean over questions
 and values; `layer L`, the percentage that hold all four among the pairs of that layer that look values up; `least L`,
 the same of the value that fewest of them hold, where there are several. Those are the pairs that hold all four digits
@@ -15,6 +16,7 @@ FOLDER gets evicted.json, with these pairs as `lookup_heads`; another rate than 
 
 import argparse
 import pathlib
+import re
 import sys
 
 import bench_common as common
@@ -32,7 +34,7 @@ from kvc_jax.evaluation.runner import greedy_params
 from kvc_jax.evaluation.task import Sample
 from kvc_jax.tokenizer import Tokenizer
 
-_TASKS = ("single", "multi_key", "multi_value")
+_TASKS = ("single", "multi_key", "multi_value", "variables")
 _RATE = 8.0
 _LOOKUP, _LOOKUP_RATE, _LOOKUP_SHARE = "kv-compress-pool13", 32.0, 0.9
 
@@ -86,14 +88,29 @@ def _look(args: argparse.Namespace) -> tuple[list[dict[str, object]], np.ndarray
   return rows, lookup
 
 
-def _places(tokenizer: Tokenizer, sample: Sample) -> list[int]:
-  """Position of each asked value's first digit in the prompt: where the answer's tokens stand."""
+def _places(tokenizer: Tokenizer, sample: Sample) -> np.ndarray:
+  """Positions of each asked value's digits in the prompt, i32 [V, digits]; of a name its only one, again and again."""
   prompt = tokenizer.encode(str(sample.prompt))
-  return [_place(tokenizer, prompt, value) for value in sample.references[0].split()]
+  values = sample.references[0].split()
+  digits = np.arange(len(values[0]))
+  links = [_place(tokenizer, prompt, link) + 3 for link in _links(str(sample.prompt))]  # behind VAR, a name and =
+  places = [_place(tokenizer, prompt, value) + digits for value in values] + [link + 0 * digits for link in links]
+  return np.array(places)
 
 
-def _place(tokenizer: Tokenizer, prompt: list[int], value: str) -> int:
-  answer = tokenizer.encode(" " + value, add_special_tokens=False)
+def _links(prompt: str) -> list[str]:
+  """The statements that lead from the variable that is asked for to the value, but for the last one, which has it."""
+  asked = re.search(r"Trace: VAR (\w+) =$", prompt.rstrip())
+  names = dict(re.findall(r"VAR (\w+) = (\w+)\.", prompt))
+  found, name = [], asked.group(1) if asked else ""
+  while names.get(name) in names:
+    found.append(f"VAR {name} = {names[name]}")
+    name = names[name]
+  return found
+
+
+def _place(tokenizer: Tokenizer, prompt: list[int], text: str) -> int:
+  answer = tokenizer.encode(" " + text, add_special_tokens=False)
   found = [at for at in range(len(prompt)) if prompt[at : at + len(answer)] == answer]
   if not found:
     raise InputError("a value's tokens are not in its prompt; take a model whose tokenizer has single digits")
@@ -111,15 +128,14 @@ def _compression(name: str, rate: float) -> Compression:
 
 
 def _run(
-    llm: LLM, task: str, samples: list[Sample], places: list[list[int]], compression: Compression
+    llm: LLM, task: str, samples: list[Sample], places: list[np.ndarray], compression: Compression
 ) -> tuple[float, np.ndarray]:
   """Percentage of right answers, and whether each head holds each digit of V values: bool [samples, L, H, V, 4]."""
   params = [greedy_params(sample) for sample in samples]
   outputs = llm.generate([str(sample.prompt) for sample in samples], params, compression, return_positions=True)
   right, held = [], []
-  for output, starts, sample in zip(outputs, places, samples, strict=True):
+  for output, digits, sample in zip(outputs, places, samples, strict=True):
     right.append(score(task, output.text, sample.references[0]))
-    digits = np.array(starts)[:, None] + np.arange(len(sample.references[0].split()[0]))
     positions = output.receipt.positions
     assert positions is not None
     held.append((positions[..., None, None] == digits).any(axis=2))
