@@ -93,19 +93,21 @@ def _places(tokenizer: Tokenizer, sample: Sample) -> np.ndarray:
   prompt = tokenizer.encode(str(sample.prompt))
   values = sample.references[0].split()
   digits = np.arange(len(values[0]))
-  links = [_place(tokenizer, prompt, link) + 3 for link in _links(str(sample.prompt))]  # behind VAR, a name and =
+  # Each ends with the name that it leads to, of one token.
+  links = [_place(tokenizer, prompt, link) + len(tokenizer.encode(" " + link, add_special_tokens=False)) - 1
+           for link in _links(str(sample.prompt))]
   places = [_place(tokenizer, prompt, value) + digits for value in values] + [link + 0 * digits for link in links]
   return np.array(places)
 
 
 def _links(prompt: str) -> list[str]:
   """The statements that lead from the variable that is asked for to the value, but for the last one, which has it."""
-  asked = re.search(r"Trace: VAR (\w+) =$", prompt.rstrip())
-  names = dict(re.findall(r"VAR (\w+) = (\w+)\.", prompt))
+  asked = re.search(r"VAR (\w+)(| =| is)$", prompt.rstrip())
+  says = {name: (f"VAR {name}{verb} {to}", to) for name, verb, to in re.findall(r"VAR (\w+)(| =| is) (\w+)\.", prompt)}
   found, name = [], asked.group(1) if asked else ""
-  while names.get(name) in names:
-    found.append(f"VAR {name} = {names[name]}")
-    name = names[name]
+  while name in says and says[name][1] in says:
+    statement, name = says[name]
+    found.append(statement)
   return found
 
 
