@@ -56,6 +56,8 @@ def _prefill(qkv, chunk, rule):
   return np.concatenate(outs, axis=1), state
 
 
+_allocate = jax.jit(allocate, static_argnames="max_count")
+_release = jax.jit(release)
 _evict = jax.jit(evict, static_argnames="rule")
 _score_observed = jax.jit(score_observed, static_argnames=("scale", "rule", "in_order"))
 
@@ -190,8 +192,8 @@ def test_a_released_or_prolonged_sequence_forgets_its_query():
   _, state = _prefill(_random_qkv(2, 20), 64, FullAttention())
   state = _decode(state, _random_qkv(3, CONFIG.num_slots), rule)
   assert np.isfinite(state.log_sums[:, SLOT]).all()
-  assert np.isinf(release(state, jnp.array([SLOT])).log_sums).all()
-  longer, _ = allocate(state, jnp.array([SLOT]), jnp.array([3]), max_count=4)
+  assert np.isinf(_release(state, jnp.array([SLOT])).log_sums).all()
+  longer, _ = _allocate(state, jnp.array([SLOT]), jnp.array([3]), max_count=4)
   assert np.isinf(longer.log_sums).all()
 
 
@@ -199,8 +201,8 @@ def test_a_broken_query_does_not_outlive_its_sequence():
   rule = FullAttention(power=1, buffer=0, decode_every=1)
   _, state = _prefill(_random_qkv(2, 20), 64, FullAttention())
   q, k, v = _random_qkv(3, CONFIG.num_slots)
-  state = release(_decode(state, (q * np.nan, k, v), rule), jnp.array([SLOT]))
-  state, _ = allocate(state, jnp.array([SLOT]), jnp.array([4]), max_count=4)
+  state = _release(_decode(state, (q * np.nan, k, v), rule), jnp.array([SLOT]))
+  state, _ = _allocate(state, jnp.array([SLOT]), jnp.array([4]), max_count=4)
   state = dataclasses.replace(state, kv=jnp.zeros_like(state.kv))
   for seed in (4, 5):
     state = _decode(state, _random_qkv(seed, CONFIG.num_slots), rule)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +15,12 @@ CONFIG = CacheConfig(
     dtype=jnp.float32)
 
 
+_allocated = jax.jit(allocate, static_argnames="max_count")
+_release = jax.jit(release)
+
+
 def _allocate(state, slots, counts):
-  state, ok = allocate(state, jnp.array(slots), jnp.array(counts), max_count=12)
+  state, ok = _allocated(state, jnp.array(slots), jnp.array(counts), max_count=12)
   check_invariants(state)
   return state, ok.tolist()
 
@@ -42,7 +47,7 @@ def test_who_needs_no_block_is_served_behind_a_refusal():
 def test_a_head_never_passes_its_table():
   state, ok = _allocate(init_cache(CONFIG), [0, 1], [12, 4])
   assert ok == [True, True]
-  state = release(state, jnp.array([1]))
+  state = _release(state, jnp.array([1]))
   state, ok = _allocate(state, [0, 1], [1, 4])  # a 13th KV would be in block 3 of 0..2
   assert ok == [False, True]
   assert state.num_tokens.tolist() == [12, 4, 0, 0]
@@ -52,7 +57,7 @@ def test_slot_number_s_is_ignored():
   state, ok = _allocate(init_cache(CONFIG), [4, 1], [4, 4])
   assert ok == [False, True]
   assert int(state.free_count) == 6
-  state = release(state, jnp.array([4, 1]))
+  state = _release(state, jnp.array([4, 1]))
   check_invariants(state)
   assert int(state.free_count) == 8
 
@@ -61,7 +66,7 @@ def test_a_negative_slot_is_not_the_last_one():
   state, ok = _allocate(init_cache(CONFIG), [3, -1], [4, 4])
   assert ok == [True, False]
   assert state.num_tokens.tolist() == [0, 0, 0, 4]
-  state = release(state, jnp.array([-1]))
+  state = _release(state, jnp.array([-1]))
   check_invariants(state)
   assert int(state.free_count) == 6
 
@@ -83,7 +88,7 @@ def test_every_block_can_be_used_and_comes_back():
     assert ok == [True] * 4
     assert int(state.free_count) == 0
     assert sorted(np.asarray(state.tables)[..., 0].ravel().tolist()) == list(range(1, 9))
-    state = release(state, jnp.array([3, 0, 2, 1]))
+    state = _release(state, jnp.array([3, 0, 2, 1]))
     check_invariants(state)
     assert int(state.free_count) == 8
 

@@ -1,5 +1,6 @@
 """Writing keys and values of new tokens: where they go, and that no two share a place."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.kernels.kv_write import kv_write
 
 SLOTS, HEADS, BLOCK_SIZE = 3, 2, 4
+_allocate = jax.jit(alloc.allocate, static_argnames="max_count")
 
 
 @pytest.fixture
@@ -35,10 +37,10 @@ def test_rows_that_are_not_valid_are_dropped_each_at_a_place_of_its_own(targets,
   if chunk:
     valid = np.sort(valid)[::-1]  # padding is behind
     slots, positions = np.full(3, 1), 1 + np.arange(3)
-    state, _ = alloc.allocate(state, jnp.array([1]), jnp.array([1 + valid.sum()]), max_count=4)
+    state, _ = _allocate(state, jnp.array([1]), jnp.array([1 + valid.sum()]), max_count=4)
   else:
     slots, positions = np.arange(3), np.zeros(3, int)
-    state, _ = alloc.allocate(state, jnp.arange(3), jnp.asarray(valid, jnp.int32), max_count=1)
+    state, _ = _allocate(state, jnp.arange(3), jnp.asarray(valid, jnp.int32), max_count=1)
   k = jnp.arange(1.0, 13).reshape(3, HEADS, 2)
   after = write.write(
       state, jnp.int32(0), jnp.asarray(slots), jnp.asarray(positions), k, -k, jnp.asarray(valid))

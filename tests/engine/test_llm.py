@@ -60,7 +60,8 @@ def test_attention_after_eviction_is_dense_attention_over_what_is_kept(llm):
   check_invariants(state)
   shape, slot = llm.engine.model.config, sequence.slot
   active = np.arange(llm.config.num_slots) == slot
-  state, _ = allocate(state, jnp.arange(llm.config.num_slots), active.astype(np.int32), max_count=1)
+  state, _ = jax.jit(allocate, static_argnames="max_count")(
+      state, jnp.arange(llm.config.num_slots), active.astype(np.int32), max_count=1)
   rng = np.random.default_rng(0)
   attend = jax.jit(functools.partial(decode_attention, scale=0.3))
   for layer in range(shape.num_layers):
