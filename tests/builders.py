@@ -24,13 +24,12 @@ def live_slots(state: CacheState, held=()) -> np.ndarray:
 
 def poison(state: CacheState, held=()) -> CacheState:
   """Puts NaN and nonsense positions into every KV slot that holds nothing, for a sequence or a `Held`."""
-  live = live_slots(state, held)
-  return dataclasses.replace(
-      state,
-      kv=jnp.where(live[:, None, :, None], state.kv, jnp.nan),
-      scores=jnp.where(live, state.scores, jnp.nan),
-      positions=jnp.where(live, state.positions, BAD_POSITION),
-  )
+  unused = ~live_slots(state, held)
+  kv, scores, positions = (np.array(x) for x in (state.kv, state.scores, state.positions))
+  kv.swapaxes(1, 2)[unused] = scores[unused] = np.nan
+  positions[unused] = BAD_POSITION
+  kv, scores, positions = (jnp.asarray(x) for x in (kv, scores, positions))
+  return dataclasses.replace(state, kv=kv, scores=scores, positions=positions)
 
 
 def tag(slot: int, layer: int, head: int, position: int) -> float:
