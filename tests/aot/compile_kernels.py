@@ -10,6 +10,7 @@ is donated is updated in place; no buffer or copy comes near the size of the poo
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -85,6 +86,7 @@ def _work(args: argparse.Namespace) -> int:
   from cases import cases
   from compiled import CAPABILITIES
 
+  gc.freeze()  # JAX's modules stay: the collector need not go through them again and again
   todo = [(target, case) for target in args.targets for case in cases(CAPABILITIES[target]) if args.match in case.name]
   for target, case in sorted(todo, key=lambda item: item[1].shape is not None):  # steps are long
     if not _claim(args.worker / f"{target} {case.name}"):
