@@ -3,14 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint aot sanitize clean
+.PHONY: demo test test-cheap test-optimized lint aot sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvc demo
 
 # Two runs, for part of what makes compiling cheap holds for a whole process (tests/conftest.py).
-test: $(VENV)/.installed
+test: test-cheap test-optimized
+
+test-cheap: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not optimized"
+
+test-optimized: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m optimized \
 	  $$(grep -rl --include='test_*.py' 'mark\.optimized' tests)
 
@@ -32,11 +36,12 @@ aot: $(VENV)/.installed
 sanitize:
 	scripts/sanitize.sh
 
+# Python compiles what is imported by itself; pip would compile all there is, one file after the other, for a minute.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 12) else \
 	  "kvc_jax needs Python 3.12 or newer, but $(PYTHON) is %d.%d; run make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 clean:
