@@ -4,16 +4,21 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
+from kvc_jax.attention import prefill
+from kvc_jax.attention.prefill import init_observation
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.config import LlamaConfig, RopeConfig
 from kvc_jax.engine import steps
+from kvc_jax.engine.packed import Packed
 from kvc_jax.eviction.compression import MOST_KEPT_RANGES
+from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
-from kvc_jax.kernels import backends
+from kvc_jax.kernels import backends, paged_prefill_xla
 from kvc_jax.kernels.column_scores import column_scores
 from kvc_jax.kernels.compact_kv import compact_kv
 from kvc_jax.kernels.count_at_most import count_at_most
@@ -78,7 +83,8 @@ def cases(capability: tuple[int, int]) -> list[Case]:
   found = [
       case for op, entries in backends.TABLE.items() for support in entries
       if support.capabilities[0] <= capability <= support.capabilities[1] for case in _promised(op, support)]
-  found += [Case(name, op, "auto", None, step) for name, (op, step) in _STEPS.items()]
+  found += [Case(name, op, "auto", None, step) for name, (op, step) in _STEPS.items()
+            if _FOR_ONE.get(name, capability) == capability]
   return list({case.name: case for case in found}.values())  # two entries may promise the same
 
 
@@ -215,22 +221,56 @@ def _state(dtype: Any = jnp.bfloat16) -> Any:
   return jax.eval_shape(lambda: init_cache(config))
 
 
-def _decode_step(rule: WindowAttention | None, dtype: Any = jnp.bfloat16) -> Program:
+def _model() -> Any:
   config = LlamaConfig(
       vocab_size=1024, hidden_size=1024, intermediate_size=2048, num_layers=_LAYERS, num_heads=32, num_kv_heads=8,
       head_dim=128, rms_norm_eps=1e-5, rope=RopeConfig())
-  model = abstract_llama(config, jnp.bfloat16, stacked=False)
-  args = (model, _state(dtype), _array((_SEQS,)), _array((_SEQS,), jnp.bool_))
+  return abstract_llama(config, jnp.bfloat16, stacked=False)
+
+
+def _decode_step(rule: WindowAttention | None, dtype: Any = jnp.bfloat16) -> Program:
+  args = (_model(), _state(dtype), _array((_SEQS,)), _array((_SEQS,), jnp.bool_))
   return Program(steps.decode_step, args, (1,), {"rule": rule})
 
 
+def _sampling(rows: int) -> SamplingArrays:
+  floats, ints = jnp.zeros(rows), jnp.zeros(rows, jnp.int32)
+  return SamplingArrays(floats, ints, floats, floats, jnp.zeros(rows, jnp.uint32), ints)
+
+
+def _rows(most: int) -> Any:
+  """As the engine gives them: in one array."""
+
+  def build() -> Packed[steps.DecodeRows]:
+    ids, given, stop_ids = (jnp.zeros((_SEQS, *more), jnp.int32) for more in ((), (most,), (16,)))
+    return Packed.of(steps.DecodeRows(ids, ids, given, stop_ids, _sampling(_SEQS), jnp.zeros(_SEQS, bool)))
+
+  return jax.eval_shape(build)
+
+
 def _decode_loop(rule: WindowAttention | None) -> Program:
-  step = _decode_step(rule)
-  model, state, tokens, flags = step.args
-  floats, seeds = _array((_SEQS,), jnp.float32), _array((_SEQS,), jnp.uint32)
-  sampling = SamplingArrays(floats, tokens, floats, floats, seeds, tokens)
-  rows = steps.DecodeRows(tokens, tokens, _array((_SEQS, 8)), _array((_SEQS, 16)), sampling, flags)
-  return Program(steps.decode_loop, (model, state, rows, _array(())), (1,), {"rule": rule})
+  return Program(steps.decode_loop, (_model(), _state(), _rows(8), _array(())), (1,), {"rule": rule})
+
+
+def _mixed_step() -> Program:
+  """Of KVC-full, whose sums read the pool too; with XLA's attention of the chunk, for cuDNN's wants the library."""
+  rule = FullAttention()
+
+  def attend(*arrays, scale, most_prefix):
+    del most_prefix
+    return paged_prefill_xla.paged_prefill(*arrays, scale=scale)
+
+  def run(model, state, observation, chunk, rows):
+    with mock.patch.object(prefill, "paged_prefill", attend):
+      return steps.mixed_step.__wrapped__(
+          model, state, observation, chunk, rows, rule=rule, decode_rule=None, most_prefix=0)
+
+  def chunk() -> Packed[steps.PromptChunk]:
+    ids, one = jnp.zeros(_QUERIES, jnp.int32), jnp.int32(0)
+    return Packed.of(steps.PromptChunk(ids, one, one, _sampling(1), jnp.zeros(1, bool)))
+
+  observation = jax.eval_shape(lambda: init_observation(rule, _LAYERS, 32, 128, jnp.bfloat16))
+  return Program(run, (_model(), _state(), observation, jax.eval_shape(chunk), _rows(1)), (1, 2))
 
 
 def _evict_step() -> Program:
@@ -247,6 +287,9 @@ _STEPS: dict[str, tuple[str, Callable[[], Program]]] = {
         "paged_decode", lambda: _decode_step(WindowAttention(), jnp.float8_e4m3fn)),
     "decode_loop": ("paged_decode", lambda: _decode_loop(None)),
     "decode_loop, scored": ("paged_decode", lambda: _decode_loop(WindowAttention())),
+    "mixed_step, scored": ("column_scores", _mixed_step),
     "evict": ("compact_kv", _evict_step),
 }
 """Steps of the engine, with the op whose kernel must be found in them."""
+_FOR_ONE = {"mixed_step, scored": (9, 0)}
+"""Steps that are compiled for one capability alone: what they are for is the same on all, and they take long."""

@@ -65,7 +65,8 @@ def _start_worker(args: argparse.Namespace, claims: str) -> subprocess.Popen[str
   from compiled import ENVIRONMENT
 
   path = [str(pathlib.Path(args.site).resolve()), str(ROOT), os.environ.get("PYTHONPATH", "")]
-  environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+  environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, path)),
+                 "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ENVIRONMENT['XLA_FLAGS']}".strip()}
   return subprocess.Popen(
       [sys.executable, __file__, *sys.argv[1:], "--worker", claims], env=environment,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
