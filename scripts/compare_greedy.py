@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import tqdm
+
 from kvc_jax.errors import InputError
 from kvc_jax.evaluation.haystack import held_out_sentences
 from kvc_jax.evaluation.recall import SampleBuilder, score
@@ -81,7 +83,7 @@ def answers_of_transformers(model: str, prompts: list[list[int]], limits: list[i
   network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).eval()
   answers = []
   with torch.no_grad():
-    for prompt, limit in zip(prompts, limits, strict=True):
+    for prompt, limit in tqdm.tqdm(list(zip(prompts, limits, strict=True)), unit="prompt", desc="transformers"):
       ids = torch.tensor([prompt], device=device)
       out = network.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit)
       answers.append(_before_end(out[0, len(prompt):].tolist(), tokenizer))
