@@ -114,8 +114,8 @@ def _best(values: Array, count: int) -> tuple[Array, Array]:
 
 
 def best_one_by_one(values: Array, count: int) -> tuple[Array, Array]:
-  """What `lax.top_k` gives, the first of ties first, without its sort: for a GPU."""
-  places, keys = jnp.arange(values.shape[-1], dtype=jnp.int32), _in_order(values)
+  """What `lax.top_k` gives, the first of ties first (zeros of both signs are), without its sort: for a GPU."""
+  places, keys = jnp.arange(values.shape[-1], dtype=jnp.int32), jnp.maximum(_in_order(values), 1)
   ids = []
   for _ in range(count):
     ids.append(jnp.argmax(keys, axis=-1).astype(jnp.int32))

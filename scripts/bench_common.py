@@ -28,6 +28,7 @@ from flax import nnx
 
 from kvc_jax.cache.state import CacheConfig, CacheState, init_cache
 from kvc_jax.config import LlamaConfig, RopeConfig
+from kvc_jax.engine.packed import Packed
 from kvc_jax.engine.steps import DecodeRows, PromptChunk
 from kvc_jax.model.llama import Llama
 from kvc_jax.sampling import SamplingArrays
@@ -245,8 +246,8 @@ def order_of_blocks(blocks: np.ndarray, spare: int, order: Order, rng: np.random
   """Ids of the blocks that heads hold, in the order of (layer, sequence, head, block), then the spare ones.
 
   "served" is what is left by a pool that has been in use with nothing compressed: each sequence has given way
-  to another three times, in random order, and the others were shorter. Prompts, seven eighths of a sequence, take their
-  blocks in chunks of 2048 tokens, head by head; then all sequences decode, and take one for each head in turn.
+  to another three times, in random order, and the others were shorter. Prompts, seven eighths of a sequence, take
+  128 blocks at once (2048 tokens at P = 16), head by head; then all sequences decode, and take one for each head in turn.
 
   Args:
     blocks: [L, S, H] blocks of each head; for "served" the same in all layers and heads of a sequence.
@@ -302,7 +303,7 @@ def make_cache(
     spare_blocks: free blocks besides those that are held.
     max_blocks_per_head: M; by default what the longest head needs.
     num_heads: query heads, for decode steps that score.
-    order: of the blocks. "served" takes a sequence's longest head for all of its heads.
+    order: of the blocks. "served" wants the same lengths in all layers and heads of a sequence.
     seed: of block ids and values.
   """
   rng = np.random.default_rng(seed)
@@ -355,19 +356,19 @@ def kv_bytes(state: CacheState) -> float:
   return int(np.asarray(state.lengths).sum()) * 2 * head_dim * state.kv.dtype.itemsize / state.num_layers
 
 
-def prompt_chunk(tokens: Any, slot: int, count: int) -> PromptChunk:
-  """A piece of a prompt, i32 [T], of which `count` are real; greedy."""
+def prompt_chunk(tokens: np.ndarray, slot: int, count: int) -> Packed[PromptChunk]:
+  """A piece of a prompt, i32 [T], of which `count` are real, as the engine gives it; greedy."""
   arrays: list[Any] = [tokens, np.int32(slot), np.int32(count), _greedy(1), np.zeros(1, bool)]
-  return PromptChunk(*arrays)
+  return Packed.of(PromptChunk(*arrays))
 
 
-def decode_rows(limits: np.ndarray, most: int) -> DecodeRows:
+def decode_rows(limits: np.ndarray, most: int) -> Packed[DecodeRows]:
   """Decode steps as the engine asks for them: `limits` i32 [S], each `most` or less; greedy, without stop ids."""
   slots = len(limits)
   arrays: list[Any] = [
       np.zeros(slots, np.int32), limits, np.full((slots, most), -1, np.int32), np.full((slots, 16), -1, np.int32),
       _greedy(slots), np.zeros(slots, bool)]
-  return DecodeRows(*arrays)
+  return Packed.of(DecodeRows(*arrays))
 
 
 def _greedy(rows: int) -> SamplingArrays:

@@ -30,6 +30,7 @@ from bench_common import Timing, time_calls
 from kvc_jax.attention.prefill import Observation, init_observation
 from kvc_jax.cache.state import CacheState
 from kvc_jax.engine import steps
+from kvc_jax.engine.packed import Packed
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.kernels.paged_prefill import paged_prefill
@@ -165,12 +166,12 @@ def _observe(rule, layers: int) -> Observation:
 def _compile_chunk(model, layers: int, tokens: int, rule) -> Callable[..., Any]:
   state = jax.eval_shape(lambda: _cache(layers, tokens, "none")[0])
   observation = jax.eval_shape(lambda: _observe(rule, layers))
-  ids = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+  ids = np.zeros(tokens, np.int32)
   return steps.mixed_step.lower(
       model, state, observation, bench_common.prompt_chunk(ids, 0, tokens), _no_rows(state), rule=rule).compile()
 
 
-def _no_rows(state: CacheState) -> steps.DecodeRows:
+def _no_rows(state: CacheState) -> Packed[steps.DecodeRows]:
   """A decode step of nobody beside the chunk."""
   return bench_common.decode_rows(np.zeros(state.num_slots, np.int32), 1)
 
@@ -189,7 +190,7 @@ def _compile_chunks(model, tokens: int, rules: Sequence[Any]) -> dict[Any, Calla
 def _time_chunk(run, model, tokens: int, kind: str, rule) -> tuple[Timing, CacheState, Observation]:
   """Time of one chunk behind a prefix of that kind; also the cache and observation it leaves."""
   state, start = _cache(CONFIG.num_layers, tokens, kind)
-  ids = jnp.arange(tokens, dtype=jnp.int32) * 7 % CONFIG.vocab_size
+  ids = np.arange(tokens, dtype=np.int32) * 7 % CONFIG.vocab_size
 
   def step(carry):
     observation = _observe(rule, CONFIG.num_layers)

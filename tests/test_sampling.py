@@ -111,16 +111,16 @@ def test_nothing_sorts_or_loops_on_a_gpu():
   assert "chlo.top_k" in text("cpu")
 
 
-@pytest.mark.parametrize("values", [
-    [[0.5, -np.inf, 2.0, -np.inf, 2.0, -np.inf], [-np.inf] * 6, [-1.0, 3.0, 0.0, -0.0, np.inf, 1e-30]]])
-def test_one_by_one_finds_what_top_k_does(values):
+def test_one_by_one_finds_what_top_k_does():
   """Where few are finite too: none comes twice."""
-  values = jnp.array(values)
+  inf, nan = np.inf, np.nan
+  values = jnp.array([
+      [0.5, -inf, 2.0, -inf, 2.0, -inf], [-inf] * 6, [-1.0, 3.0, 0.0, -0.0, inf, 1e-30],
+      [nan, 1.0, nan, -inf, 0.0, 2.0]])
   best, ids = best_one_by_one(values, 5)
   expected, places = jax.lax.top_k(values, 5)
-  np.testing.assert_array_equal(ids[:2], places[:2])
+  np.testing.assert_array_equal(ids, places)
   np.testing.assert_array_equal(best, expected)
-  assert all(len(set(row)) == 5 for row in ids.tolist())
 
 
 def test_the_best_are_in_order_with_the_first_of_ties_first():

@@ -23,7 +23,7 @@ class Packed[Tree]:
 
   @classmethod
   def of(cls, tree: Tree) -> "Packed[Tree]":
-    """Packs a pytree of NumPy arrays, or of JAX's.
+    """Packs a pytree of at least one array, NumPy's or JAX's.
 
     Raises:
       TypeError: a leaf has neither 32 bits nor bools.
@@ -49,7 +49,7 @@ class Packed[Tree]:
       size = math.prod(shape)
       leaves.append(_of_words(self.words[at : at + size], dtype).reshape(shape))
       at += size
-    # Each in a buffer of its own, within the program, whose address stays the same from call to call.
+    # Each in a buffer within the program: what reads it has no argument's address, which is another in each call.
     return lax.optimization_barrier(jax.tree.unflatten(structure, leaves))
 
 
@@ -60,19 +60,19 @@ def unpack[Tree](tree: Tree | Packed[Tree]) -> Tree:
 
 def _words(leaf: np.ndarray) -> np.ndarray:
   flat = leaf.reshape(-1)
-  return flat.astype(np.int32) if _is_bool(leaf.dtype) else flat.view(np.int32)
+  return flat.astype(np.int32) if _checked_is_bool(leaf.dtype) else flat.view(np.int32)
 
 
 def _words_on_device(leaf: Any) -> jax.Array:
   flat = jnp.reshape(leaf, -1)
-  return flat.astype(jnp.int32) if _is_bool(leaf.dtype) else lax.bitcast_convert_type(flat, jnp.int32)
+  return flat.astype(jnp.int32) if _checked_is_bool(leaf.dtype) else lax.bitcast_convert_type(flat, jnp.int32)
 
 
 def _of_words(words: jax.Array, dtype: np.dtype) -> jax.Array:
-  return words != 0 if _is_bool(dtype) else lax.bitcast_convert_type(words, dtype)
+  return words != 0 if _checked_is_bool(dtype) else lax.bitcast_convert_type(words, dtype)
 
 
-def _is_bool(dtype: Any) -> bool:
+def _checked_is_bool(dtype: Any) -> bool:
   kind = np.dtype(dtype)
   if kind.kind != "b" and kind.itemsize != 4:
     raise TypeError(f"Packed takes arrays of 32 bits and bools, not {kind.name}")

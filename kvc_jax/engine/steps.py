@@ -153,7 +153,7 @@ def decode_loop(
   Args:
     model: the model.
     state: the cache; donated.
-    rows: what to do for each slot; `Packed` costs the host less.
+    rows: what to do for each slot; `Packed` is one transfer.
     num_steps: i32 [] most steps, up to K; traced, so one compile serves any number.
     rule: as for `decode_step`.
 
@@ -278,7 +278,7 @@ def mixed_step(
     model: the model.
     state: the cache; donated.
     observation: of the prompt's chunks before; donated.
-    chunk: the prompt's next piece; `Packed`, as rows too, costs the host less.
+    chunk: the prompt's next piece; `Packed`, as rows too, is one transfer.
     rows: of the decode step; K = 1, and limits are 0 or 1.
     rule: None where the prompt will not be compressed.
     decode_rule: as the `rule` of `decode_step`.
@@ -397,7 +397,7 @@ class EvictRows:
     sinks: i32 [B].
     first_query: i32 [B].
     keep: i32 [B, R, 2].
-    least: i32 [B].
+    least: i32 [B]; None for none.
     mass: f32 [B]; None for none.
   """
 
@@ -419,8 +419,9 @@ def evict(
   """`kvc_jax.eviction.step.evict`, jitted and donated; `model` for rules that need the output projection."""
   output = None if model is None else output_projections(_whole(model))
   given = unpack(rows)
-  arguments = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-  return evict_step(state, **arguments, rule=rule, allocation=allocation, output=output)
+  return evict_step(
+      state, given.slots, given.cache_tokens, given.window, given.sinks, given.first_query, given.keep, rule=rule,
+      allocation=allocation, output=output, least=given.least, mass=given.mass)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -16,6 +16,7 @@ from kvc_jax.config import LlamaConfig, RopeConfig
 from kvc_jax.engine import steps
 from kvc_jax.engine.packed import Packed
 from kvc_jax.eviction.compression import MOST_KEPT_RANGES
+from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
 from kvc_jax.kernels import backends, paged_prefill_xla
@@ -252,7 +253,7 @@ def _decode_loop(rule: WindowAttention | None) -> Program:
   return Program(steps.decode_loop, (_model(), _state(), _rows(8), _array(())), (1,), {"rule": rule})
 
 
-def _mixed_step() -> Program:
+def _mixed_step(decode_rule: ScoringRule | None) -> Program:
   """Of KVC-full, whose sums read the pool too; with XLA's attention of the chunk, for cuDNN's wants the library."""
   rule = FullAttention()
 
@@ -263,7 +264,7 @@ def _mixed_step() -> Program:
   def run(model, state, observation, chunk, rows):
     with mock.patch.object(prefill, "paged_prefill", attend):
       return steps.mixed_step.__wrapped__(
-          model, state, observation, chunk, rows, rule=rule, decode_rule=None, most_prefix=0)
+          model, state, observation, chunk, rows, rule=rule, decode_rule=decode_rule, most_prefix=0)
 
   def chunk() -> Packed[steps.PromptChunk]:
     ids, one = jnp.zeros(_QUERIES, jnp.int32), jnp.int32(0)
@@ -274,10 +275,13 @@ def _mixed_step() -> Program:
 
 
 def _evict_step() -> Program:
-  row = _array((_SEQS,))
+
+  def rows() -> Packed[steps.EvictRows]:
+    row, keep = jnp.zeros(_SEQS, jnp.int32), jnp.zeros((_SEQS, MOST_KEPT_RANGES, 2), jnp.int32)
+    return Packed.of(steps.EvictRows(row, row, row, row, row, keep, row))
+
   static = {"rule": WindowAttention(), "allocation": "all"}
-  keep = _array((_SEQS, MOST_KEPT_RANGES, 2))
-  return Program(steps.evict, (_state(), steps.EvictRows(row, row, row, row, row, keep, row)), (0,), static)
+  return Program(steps.evict, (_state(), jax.eval_shape(rows)), (0,), static)
 
 
 _STEPS: dict[str, tuple[str, Callable[[], Program]]] = {
@@ -287,9 +291,10 @@ _STEPS: dict[str, tuple[str, Callable[[], Program]]] = {
         "paged_decode", lambda: _decode_step(WindowAttention(), jnp.float8_e4m3fn)),
     "decode_loop": ("paged_decode", lambda: _decode_loop(None)),
     "decode_loop, scored": ("paged_decode", lambda: _decode_loop(WindowAttention())),
-    "mixed_step, scored": ("column_scores", _mixed_step),
+    "mixed_step, scored": ("column_scores", lambda: _mixed_step(None)),
+    "mixed_step, scored, with steps that score": ("column_scores", lambda: _mixed_step(FullAttention())),
     "evict": ("compact_kv", _evict_step),
 }
 """Steps of the engine, with the op whose kernel must be found in them."""
-_FOR_ONE = {"mixed_step, scored": (9, 0)}
+_FOR_ONE = {name: (9, 0) for name in _STEPS if name.startswith("mixed_step")}
 """Steps that are compiled for one capability alone: what they are for is the same on all, and they take long."""

@@ -37,8 +37,6 @@ STATE = jax.eval_shape(lambda: init_cache(CACHE))
 SHARED = jax.eval_shape(lambda: init_cache(dataclasses.replace(CACHE, sharing=True)))
 HELD = jax.eval_shape(hold, SHARED, np.int32(0))[1]
 LLAMA = abstract_llama(MODEL, jnp.bfloat16)
-WRITTEN_OUT = abstract_llama(MODEL, jnp.bfloat16, stacked=False)
-"""As the engine has it on a GPU: each layer by itself, not a scan over all."""
 
 
 def _ints(*shape):
@@ -69,11 +67,11 @@ def _decode_loop(rule, steps_per_sync=8):
   return steps.decode_loop.lower(LLAMA, STATE, _rows(steps_per_sync), _ints(), rule=rule)
 
 
-def _prefill(rule, decode_rule=None, model=LLAMA):
+def _prefill(rule, decode_rule=None):
   observation = jax.eval_shape(
       lambda: init_observation(rule, MODEL.num_layers, MODEL.num_heads, MODEL.head_dim, jnp.bfloat16))
   chunk = steps.PromptChunk(_ints(256), _ints(), _ints(), _sampling(1), jax.ShapeDtypeStruct((1,), jnp.bool_))
-  return steps.mixed_step.lower(model, STATE, observation, chunk, _rows(1), rule=rule, decode_rule=decode_rule)
+  return steps.mixed_step.lower(LLAMA, STATE, observation, chunk, _rows(1), rule=rule, decode_rule=decode_rule)
 
 
 def _evict(allocation, rule=None, mass=False):
@@ -99,7 +97,6 @@ LOWERED = {
     "decode several with scores": lambda: _decode_loop(FullAttention()),
     "prefill": lambda: _prefill(None),
     "prefill with all scores": lambda: _prefill(FullAttention(), FullAttention()),
-    "prefill, written out": lambda: _prefill(WindowAttention(), model=WRITTEN_OUT),
     "score the prompt": _score,
     "evict over all": lambda: _evict("all"),
     "evict per head": lambda: _evict("head"),
