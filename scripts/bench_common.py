@@ -247,7 +247,7 @@ def order_of_blocks(blocks: np.ndarray, spare: int, order: Order, rng: np.random
 
   "served" is what is left by a pool that has been in use with nothing compressed: each sequence has given way
   to another three times, in random order, and the others were shorter. Prompts, seven eighths of a sequence, take
-  128 blocks at once (2048 tokens at P = 16), head by head; then all sequences decode, and take one for each head in turn.
+  128 blocks at once (2048 tokens at P = 16), head by head; then all sequences decode, each head taking one in turn.
 
   Args:
     blocks: [L, S, H] blocks of each head; for "served" the same in all layers and heads of a sequence.
