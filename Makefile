@@ -3,18 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cheap test-optimized lint aot sanitize clean
+.PHONY: demo test lint aot sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvc demo
 
 # Two runs, for part of what makes compiling cheap holds for a whole process (tests/conftest.py).
-test: test-cheap test-optimized
-
-test-cheap: $(VENV)/.installed
+test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not optimized"
-
-test-optimized: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m optimized \
 	  $$(grep -rl --include='test_*.py' 'mark\.optimized' tests)
 
