@@ -91,13 +91,10 @@ def _look(args: argparse.Namespace) -> tuple[list[dict[str, object]], np.ndarray
 def _places(tokenizer: Tokenizer, sample: Sample) -> np.ndarray:
   """Positions of each asked value's digits in the prompt, i32 [V, digits]; of a name its only one, again and again."""
   prompt = tokenizer.encode(str(sample.prompt))
-  values = sample.references[0].split()
-  digits = np.arange(len(values[0]))
+  values = [_place(tokenizer, prompt, value) for value in sample.references[0].split()]
   # Each ends with the name that it leads to, of one token.
-  links = [_place(tokenizer, prompt, link) + len(tokenizer.encode(" " + link, add_special_tokens=False)) - 1
-           for link in _links(str(sample.prompt))]
-  places = [_place(tokenizer, prompt, value) + digits for value in values] + [link + 0 * digits for link in links]
-  return np.array(places)
+  links = [_place(tokenizer, prompt, link)[-1] for link in _links(str(sample.prompt))]
+  return np.array(values + [[link] * len(values[0]) for link in links])
 
 
 def _links(prompt: str) -> list[str]:
@@ -111,14 +108,15 @@ def _links(prompt: str) -> list[str]:
   return found
 
 
-def _place(tokenizer: Tokenizer, prompt: list[int], text: str) -> int:
+def _place(tokenizer: Tokenizer, prompt: list[int], text: str) -> list[int]:
+  """Positions of a text's tokens in the prompt."""
   answer = tokenizer.encode(" " + text, add_special_tokens=False)
   found = [at for at in range(len(prompt)) if prompt[at : at + len(answer)] == answer]
   if not found:
     raise InputError("a value's tokens are not in its prompt; take a model whose tokenizer has single digits")
   if len(found) > 1:
     raise InputError("a value stands more than once in its prompt; give another --length or fewer questions")
-  return found[0]
+  return list(range(found[0], found[0] + len(answer)))
 
 
 def _compression(name: str, rate: float) -> Compression:
