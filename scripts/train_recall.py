@@ -47,10 +47,12 @@ def _train_arguments(train: argparse.ArgumentParser) -> None:
   until.add_argument("--minutes", type=float, help="wall-clock time of the whole command, compilation included")
   until.add_argument("--steps", type=int, help="number of steps instead; then a run repeats exactly")
   train.add_argument("--stop-at", type=int, help="with --steps: stop behind this step, to go on with --resume")
-  train.add_argument("--resume", type=pathlib.Path, help="OUT/state or OUT/stable of an earlier run")
+  begin = train.add_mutually_exclusive_group()
+  begin.add_argument("--resume", type=pathlib.Path, help="OUT/state or OUT/stable of an earlier run")
+  begin.add_argument("--weights", type=pathlib.Path, help="OUT/model of an earlier run, to begin a new one with")
   train.add_argument("--lengths", default="256,512,1024,2048,4096,8192", help="of samples, in tokens")
   train.add_argument("--evaluation-lengths", default="1024,2048,4096,8192")
-  train.add_argument("--evaluation-samples", type=int, default=128, help="of each task and length")
+  train.add_argument("--evaluation-samples", type=int, default=512, help="of each task and length")
   train.add_argument("--tokens-per-step", type=int, default=65_536)
   train.add_argument("--rate", type=float, default=2e-3, help="largest learning rate of Adam")
   train.add_argument("--seed", type=int, default=0)
@@ -100,6 +102,7 @@ def _train(args: argparse.Namespace) -> None:
       data=args.data, out=args.out, steps=args.steps, stop_at=args.stop_at, seconds=60 * (args.minutes or 0),
       started=_STARTED, lengths=lengths, evaluation_lengths=tested, tokens_per_step=args.tokens_per_step,
       rate=args.rate, seed=args.seed, workers=args.workers, resume=args.resume,
+      weights=args.weights,
       evaluation_samples=args.evaluation_samples)
   check_lengths(config)
   train(config, model, attention)

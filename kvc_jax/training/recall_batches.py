@@ -93,15 +93,22 @@ class Composer:
   def _alter(self, rng: random.Random, episode: Episode) -> None:
     """Replaces some tokens of the sentences to be repeated, if this sample does.
 
-    The model soon knows the text that it is trained on; a sentence as it stands could then be told without a look.
+    The model soon knows the text that it is trained on; a sentence as it stands could then be told without a look, and
+    so could what follows a word that stands in it twice. On other text such places are told apart only by the tokens
+    before, as many as it takes; so runs of an altered passage come again elsewhere.
     """
     if self._altered is None:
       return
+    told: list[list[int]] = []
     for part in (part for parts in episode.statements for part in parts if isinstance(part, int)):
       ids = self._corpus.tokens[self._offsets[part]:self._offsets[part + 1]].tolist()
-      self._altered[part] = [
+      ids = [
           rng.randrange(EOS + 1, self._tokenizer.get_vocab_size()) if place and rng.random() < _ALTERED_TOKENS else i
           for place, i in enumerate(ids)]
+      told.append(ids)
+      for _ in range(rng.choice(_ECHOES)):
+        _echo(rng, rng.choice((ids, rng.choice(told))), ids)
+      self._altered[part] = ids
 
   def _copy_sample(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
     period = rng.randint(16, length // 2)
@@ -177,8 +184,17 @@ _DIGITS = (3, 4, 4, 4, 5, 6)
 """Of a sample's values. If all had four, a head of its own might come to look the last one up."""
 _ALIKE = 0.6
 """Share of the samples in which values begin alike, and of such values in them."""
-_ALTERED, _ALTERED_TOKENS = 0.5, 0.2
-"""Share of the samples that alter their passages, and of a passage's tokens that are replaced."""
+_ALTERED, _ALTERED_TOKENS = 0.75, 0.2
+"""Share of the samples that alter their passages, and of a passage's tokens that are replaced at random."""
+_ECHOES, _ECHO_TOKENS = (0, 0, 1, 2, 3), (1, 1, 2, 3, 4, 6)
+"""How many runs of an altered passage also stand elsewhere in it or in an earlier one, and of how many tokens."""
+
+
+def _echo(rng: random.Random, source: list[int], passage: list[int]) -> None:
+  """Puts a run of the source's tokens, other ones behind it, in place of as many of the passage."""
+  size = min(rng.choice(_ECHO_TOKENS), len(source) // 2, len(passage) // 2)
+  start, place = rng.randrange(len(source) - size), rng.randint(0, len(passage) - size)
+  passage[place:place + size] = source[start:start + size]
 
 
 def _some_episode(rng: random.Random, draw: Draw, kind: str, room: int) -> Episode:

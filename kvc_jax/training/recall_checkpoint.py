@@ -105,7 +105,7 @@ def check_same_model(params: Params, fresh: Params, folder: pathlib.Path) -> Non
   """Raises InputError unless both have the same parameters."""
   if {name: value.shape for name, value in params.items()} != {name: value.shape for name, value in fresh.items()}:
     raise InputError(
-        f"{folder} holds the state of a model of another shape; give the settings that it was trained with")
+        f"{folder} holds a model of another shape; give the settings that it was trained with")
 
 
 def _save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:

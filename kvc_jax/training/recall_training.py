@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvc_jax.checkpoint.store import load_model
 from kvc_jax.config import LlamaConfig
 from kvc_jax.errors import InputError
 from kvc_jax.evaluation.recall_episodes import TASKS
-from kvc_jax.training.language_model import Progress, Trainer, init_params
+from kvc_jax.training.language_model import Progress, Trainer, flat_params, init_params
 from kvc_jax.training.recall_batches import BatchMakers, Order
 from kvc_jax.training.recall_checkpoint import check_same_model, export_model, load_state, save_state
 
@@ -47,6 +48,7 @@ class TrainingConfig:
     seed: of the parameters and the data.
     workers: processes that make batches.
     resume: folder with a state to go on from.
+    weights: folder of a model, as `train` exports one, whose weights a new run begins with.
     evaluation_samples: of each task and length, at the end.
     keep_seconds: time between checkpoints.
     reserve_seconds: of `seconds`, for the last checkpoint and evaluation.
@@ -65,9 +67,10 @@ class TrainingConfig:
   seed: int = 0
   workers: int = 0
   resume: pathlib.Path | None = None
-  evaluation_samples: int = 128
+  weights: pathlib.Path | None = None
+  evaluation_samples: int = 512
   keep_seconds: float = 120.0
-  reserve_seconds: float = 25.0
+  reserve_seconds: float = 15.0
 
   def batch(self, length: int) -> int:
     """Samples in a batch."""
@@ -139,6 +142,10 @@ class _Run:
     self.step = self.fresh_from = self.tokens = 0
     self.easy = False
     state = Progress.start(init_params(model, config.seed))
+    if config.weights is not None:
+      weights = flat_params(load_model(config.weights, "float32"))
+      check_same_model(weights, state.params, config.weights)
+      state = Progress.start(weights)
     if config.resume is not None:
       loaded, notes = load_state(config.resume)
       check_same_model(loaded.params, state.params, config.resume)

@@ -120,6 +120,29 @@ def test_altered_passages_are_asked_for_as_they_are_told(composer, monkeypatch):
   assert altered > 5
 
 
+def test_runs_of_altered_passages_come_again_with_other_tokens_behind(composer, monkeypatch):
+  for name, value in (("_KINDS", ("passages",)), ("_ALTERED", 1.0), ("_ALTERED_TOKENS", 0.0), ("_ECHO_TOKENS", (3,))):
+    monkeypatch.setattr(batches, name, value)
+
+  def unclear_share():
+    """Of the answers' tokens, how many do not follow from the three before: elsewhere others stand behind these."""
+    unclear = total = 0
+    for number in range(20):
+      tokens, codes = composer.training_sample(random.Random(number), 1024, 0.0)
+      answers = [tokens[start:stop].tolist() for start, stop in _answers(codes)]
+      seen = [(tuple(answer[i:i + 3]), answer[i + 3]) for answer in answers for i in range(len(answer) - 3)]
+      behind = {run: {token for other, token in seen if other == run} for run, _ in seen}
+      unclear += sum(len(behind[run]) > 1 for run, _ in seen)
+      total += len(seen)
+    return unclear / total
+
+  monkeypatch.setattr(batches, "_ECHOES", (0,))
+  plain = unclear_share()
+  monkeypatch.setattr(batches, "_ECHOES", (1,))
+  assert plain < 0.03
+  assert unclear_share() > 0.06
+
+
 def _answers(codes):
   """[first, last) places of the answers' tokens; codes stand at the place before."""
   places = np.flatnonzero(codes >= batches.ANSWER)
@@ -266,7 +289,23 @@ def test_loss_falls_and_a_state_without_moments_goes_on(prepared, tmp_path):
   assert train(_config(prepared, tmp_path / "on", steps=6, resume=tmp_path / "run/state"), TINY, "xla")["step"] == 6
 
 
+def test_a_run_begins_with_the_weights_of_a_model(prepared, tmp_path):
+  train(_config(prepared, tmp_path / "first", steps=4), TINY, "xla")
+  train(_config(prepared, tmp_path / "second", weights=tmp_path / "first/model", seed=1, stop_at=0), TINY, "xla")
+  weights = flat_params(load_model(tmp_path / "first/model", "float32"))
+  state, notes = load_state(tmp_path / "second/state")
+  assert notes["step"] == 0
+  for name, value in weights.items():
+    np.testing.assert_array_equal(state.params[name], value)
+
+
 def test_bad_input(prepared, tmp_path):
+  other = dataclasses.replace(TINY, intermediate_size=2 * TINY.intermediate_size)
+  train(_config(prepared, tmp_path / "other", steps=1), other, "xla")
+  with pytest.raises(InputError, match="another shape"):
+    train(_config(prepared, tmp_path / "c", weights=tmp_path / "other/model"), TINY, "xla")
+  with pytest.raises(InputError, match="nothing"):
+    train(_config(prepared, tmp_path / "d", weights=tmp_path / "nothing"), TINY, "xla")
   with pytest.raises(InputError, match="holds no state"):
     train(_config(prepared, tmp_path / "a", resume=tmp_path / "nothing"), TINY, "xla")
   with pytest.raises(InputError, match="prepare"):
