@@ -74,6 +74,9 @@ class Tokenizer:
     self.eos_ids = frozenset((*own, *eos_ids))
     self.vocab_size: int = len(backend)
     self._special_ids = frozenset(i for i, token in backend.added_tokens_decoder.items() if token.special)
+    # What `decode` of transformers ends in, without its many checks: an engine asks for each token's text apart.
+    self._rust = getattr(backend, "backend_tokenizer", None)
+    self._texts: dict[tuple[int, bool], str] = {}
 
   @classmethod
   def from_folder(cls, path: str | pathlib.Path) -> "Tokenizer":
@@ -124,8 +127,17 @@ class Tokenizer:
     ids = [int(i) for i in ids]
     if ids and min(ids) < 0:
       raise InputError(f"token id {min(ids)} is negative")
+    if self._rust is not None:
+      return self._rust.decode(ids, skip_special_tokens=skip_special_tokens)
     return self._backend.decode(
         ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+  def decode_one(self, token_id: int, skip_special_tokens: bool = True) -> str:
+    """As `decode` of a single id, remembered."""
+    key = token_id, skip_special_tokens
+    if key not in self._texts:
+      self._texts[key] = self.decode((token_id,), skip_special_tokens)
+    return self._texts[key]
 
   @property
   def has_chat_template(self) -> bool:
@@ -217,6 +229,8 @@ class IncrementalDecoder:
     return piece
 
   def _decode(self, ids: list[int]) -> str:
+    if len(ids) == 1:
+      return self._tokenizer.decode_one(ids[0], self._skip_special_tokens)
     return self._tokenizer.decode(ids, self._skip_special_tokens)
 
 
