@@ -11,6 +11,7 @@ from kvc_jax.cache.share import Held
 from kvc_jax.cache.snapshot import PIECE_KVS, SequenceSnapshot, export_sequence, import_sequence
 from kvc_jax.cache.state import CacheConfig, init_cache
 from kvc_jax.engine import steps
+from kvc_jax.engine.flight import Dispatched, Evicted
 from kvc_jax.engine.packed import Packed
 from kvc_jax.engine.request import CompressionReceipt
 from kvc_jax.engine.sequence import Sequence
@@ -29,9 +30,6 @@ _NO_MASS = 2.0
 """A share of the scores that cannot be kept: nothing goes for it."""
 _STOP_IDS = 16
 """Ids that the device stops at; the host stops at any further ones."""
-
-Evicted = tuple[list[Sequence], jax.Array]
-"""Sequences of one eviction call, and i32 [B] the blocks that it freed of each."""
 
 
 class Batch:
@@ -99,7 +97,7 @@ class Batch:
     return found.logits, found.ok
 
   def mixed(
-      self, sequence: Sequence, count: int, riders: list[Sequence], before: steps.Decoded | None = None
+      self, sequence: Sequence, count: int, riders: list[Sequence], before: Dispatched | None = None
   ) -> steps.Mixed:
     """Runs the next `count` prompt tokens of a sequence, at most a chunk, and beside them a decode step of others.
 
@@ -109,20 +107,18 @@ class Batch:
       sequence: in its prompt.
       count: tokens.
       riders: sequences that decode; each has no `decode_rule`, or the `ride_rule` of `sequence`, and shares no
-        blocks where it has one; each has one step `ahead` at most.
-      before: of the call that the riders with steps `ahead` are in.
+        blocks where it has one.
+      before: the newest call of all riders that have steps `ahead`.
     """
     assert not any(s.shares and s.compression for s in riders), "a sequence that scores shares blocks"
-    assert all(s.ahead <= 1 for s in riders), "a step ahead can be followed, not two"
     if sequence.observation is None:
       sequence.observation = self._new_observation(prefill_rule(sequence.compression))
     tokens = np.zeros(self.chunk_size, np.int32)
     tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
     rows = self._rows(riders, [1] * len(riders), 1)
-    asked = np.zeros(self.config.num_slots, np.int32)
-    asked[[s.slot for s in riders]] = [s.ahead for s in riders]
-    if before is not None and asked.any():
-      rows = steps.follow(rows, before, asked)
+    if any(s.ahead for s in riders):
+      assert before is not None, "a sequence has steps ahead, of a call that nobody named"
+      rows = steps.follow(rows, before.found, before.asked_of(riders, self.config.num_slots))
     found, sequence.observation = self._mixed(
         sequence.compression, self._chunk(tokens, sequence.slot, count, sequence), rows, sequence.observation,
         self._bound_of_prefix(sequence.prefilled))

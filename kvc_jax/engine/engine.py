@@ -715,8 +715,8 @@ class Engine:
       return
     count, blocks = self._next_piece(sequence)
     if blocks - sequence.held_blocks + self._scheduler.blocks_ahead <= self._scheduler.free_blocks:
-      rode = self._ride.sequences if self._ride else []
-      self._prefill(sequence, count, blocks, [s for s in self._scheduler.running if not s.ahead or s in rode])
+      others = [s for s in self._scheduler.running if not s.ahead or s.newest is self._ride]
+      self._prefill(sequence, count, blocks, others)
       self._chunks_ahead = 1
 
   def _next_piece(self, sequence: Sequence) -> tuple[int, int]:
@@ -731,7 +731,7 @@ class Engine:
     rules = {None, ride_rule(sequence.compression)}
     riders = [s for s in others
               if s.decodes and s.steps_left(self.max_model_len) > 0 and decode_rule(s.compression) in rules]
-    found = self.batch.mixed(sequence, count, riders, self._ride.found if self._ride else None)
+    found = self.batch.mixed(sequence, count, riders, self._ride)
     self._riding |= rules
     self._free_now -= len(riders) * self.config.heads_per_sequence
     if riders:

@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from kvc_jax.engine.batch import Evicted
 from kvc_jax.engine.request import TokenLogprobs
 from kvc_jax.engine.sequence import Sequence
 from kvc_jax.engine.steps import Decoded, Usage
 from kvc_jax.sampling import Logprobs
+
+Evicted = tuple[list[Sequence], jax.Array]
+"""Sequences of one eviction call, and i32 [B] the blocks that it freed of each."""
 
 LogprobRow = tuple[Any, np.ndarray, np.ndarray]
 """Log-probabilities of one token: the drawn one's, the best ones', and their ids."""
@@ -46,6 +48,16 @@ class Dispatched:
   slots: list[int]
   limits: list[int]
   found: Decoded
+
+  def asked_of(self, sequences: list[Sequence], num_slots: int) -> np.ndarray:
+    """Steps i32 [S] that were asked of those of `sequences` that are ahead; 0 in all other slots."""
+    limits = dict(zip(self.sequences, self.limits, strict=True))
+    asked = np.zeros(num_slots, np.int32)
+    for sequence in sequences:
+      if sequence.ahead:
+        assert sequence.newest is self, "a sequence goes on from a call that is not its newest"
+        asked[sequence.slot] = limits[sequence]
+    return asked
 
   def logprobs(self) -> Logprobs | None:
     """On the host, where a sequence wants any (waits for the device)."""
@@ -104,6 +116,7 @@ class Flight:
     self.decoded.append(dispatched)
     for sequence, limit in zip(sequences, limits, strict=True):
       sequence.ahead += limit
+      sequence.newest = dispatched
     return dispatched
 
   def seal(self, usage: Usage) -> None:

@@ -47,6 +47,7 @@ class Sequence:
     steps: decode steps done; fewer than len(token_ids) - 1 while a sequence that
       started over catches up with what it had generated.
     ahead: decode steps dispatched beyond those, whose results nobody has read yet.
+    newest: the call that has the newest of those.
     held_blocks: when results were last read.
     compressions: evictions run.
     freed_blocks: blocks that they gave back.
@@ -76,6 +77,7 @@ class Sequence:
   logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
   steps: int = 0
   ahead: int = 0
+  newest: object = None
   held_blocks: int = 0
   compressions: int = 0
   freed_blocks: int = 0

@@ -14,6 +14,7 @@ from kvc_jax.engine.flight import Flight
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
 LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 7
+PROMPTS = ("Once upon a time", "Tom had a big", "The sun was hot and", "Lily and Ben")
 CHUNK = 32
 OPTIONS = {"max_num_seqs": 4, "block_size": 4, "chunk_size": CHUNK, "max_model_len": 256,
            "rules": (WindowAttention(), FullAttention(), RandomScore())}
@@ -246,6 +247,25 @@ def test_random_operations_with_a_chunk_ahead(engine, alone, tmp_path):
   assert len(client.outputs) > 60
   assert all(client.met[name] > 3 for name in (*client.acts, "end")), client.met
   _check_empty(engine)
+
+
+def test_prompts_of_other_kinds_in_turn(engine):
+  """A step by itself, between steps beside chunks, is what the next one beside a chunk goes on from."""
+  first = Compression(rate=2, window=8, interval=50)
+  second = dataclasses.replace(first, scoring=FullAttention(decode_every=1))
+  kinds = [first, first, second, first]
+  requests = [(prompt * 2, GREEDY, kind) for prompt, kind in zip(PROMPTS, kinds, strict=True)]
+  expected = []
+  for request in requests:
+    engine.add(*request)
+    expected += map(_what, _serve(engine).values())
+  engine.add(*requests[0])
+  while not any(s.decodes for s in engine._scheduler.running):
+    engine.step()
+  for request in requests[1:]:
+    engine.add(*request)
+  outputs = _serve(engine)
+  assert [_what(outputs[key]) for key in sorted(outputs)] == expected
 
 
 def test_a_receipt_does_not_wait_for_the_chunk_ahead(engine, monkeypatch):

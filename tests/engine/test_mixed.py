@@ -13,6 +13,7 @@ from kvc_jax import Compression, Engine, FullAttention, RandomScore, SamplingPar
 from kvc_jax.cache.state import check_invariants
 from kvc_jax.engine import steps
 from kvc_jax.engine.batch import Batch
+from kvc_jax.engine.flight import Flight
 from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.packed import Packed, unpack
 from kvc_jax.engine.sequence import Sequence
@@ -99,9 +100,8 @@ def test_rows_go_on_where_a_call_ended_that_nobody_read(engine):
   """Two decode steps beside two chunks, the second of tokens that the host has not seen."""
   batch, sequences, prompt = _batch(engine, None)
   first = batch.mixed(prompt, 10, sequences)
-  for sequence in sequences:
-    sequence.ahead = 1
-  second = batch.mixed(prompt, 10, sequences, first.decoded)
+  before = Flight().decodes(sequences, [1] * len(sequences), first.decoded)
+  second = batch.mixed(prompt, 10, sequences, before)
   apart, others, other_prompt = _batch(engine, None)
   apart.prefill(other_prompt, 20)
   for _ in range(2):
