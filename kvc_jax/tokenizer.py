@@ -74,8 +74,7 @@ class Tokenizer:
     self.eos_ids = frozenset((*own, *eos_ids))
     self.vocab_size: int = len(backend)
     self._special_ids = frozenset(i for i, token in backend.added_tokens_decoder.items() if token.special)
-    # What `decode` of transformers ends in, without its many checks: an engine asks for each token's text apart.
-    self._rust = getattr(backend, "backend_tokenizer", None)
+    self._rust = _rust_of(backend)
     self._texts: dict[tuple[int, bool], str] = {}
 
   @classmethod
@@ -232,6 +231,14 @@ class IncrementalDecoder:
     if len(ids) == 1:
       return self._tokenizer.decode_one(ids[0], self._skip_special_tokens)
     return self._tokenizer.decode(ids, self._skip_special_tokens)
+
+
+def _rust_of(backend: Any) -> Any:
+  """What `decode` of transformers ends in, after too many checks for each token apart; None for a kind with its own."""
+  base = _transformers().PreTrainedTokenizerFast
+  kind = type(backend)
+  plain = isinstance(backend, base) and kind.decode is base.decode and kind._decode is base._decode
+  return backend.backend_tokenizer if plain else None
 
 
 def _transformers() -> Any:

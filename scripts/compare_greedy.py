@@ -6,6 +6,8 @@ sides run in f32, on the CPU or GPU that they find, with nothing compressed.
 """
 
 import argparse
+import datetime
+import importlib.metadata
 import itertools
 import json
 import sys
@@ -56,7 +58,9 @@ def compare(model: str, length: int, count: int, seed: int) -> dict[str, Any]:
     rows.append({"task": task, "id": sample.id, "same": same, "reference": sample.references[0],
                  "ours": tokenizer.decode(own), "theirs": tokenizer.decode(other),
                  "right": score(task, tokenizer.decode(own), sample.references[0])})
-  return {"model": model, "length": length, "seed": seed, "samples": len(rows),
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")}
+  return {"model": model, "versions": versions, "date": datetime.date.today().isoformat(),
+          "length": length, "seed": seed, "samples": len(rows),
           "same": sum(row["same"] for row in rows), "right": sum(row["right"] for row in rows), "rows": rows}
 
 

@@ -1,5 +1,6 @@
 """Text to tokens and back, in one go and piece by piece."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -111,6 +112,27 @@ def test_special_tokens_are_shown_on_request(byte_level):
   assert len(reserved) == 1
   assert byte_level.is_special(reserved[0])
   assert byte_level.decode(reserved) == ""
+
+
+def test_decodes_as_transformers_does(byte_level, byte_fallback):
+  for tokenizer in (byte_level, byte_fallback):
+    every = list(range(tokenizer.vocab_size + 2))
+    for skip in (True, False):
+      for ids in (every, every[::7], *([i] for i in every)):
+        expected = tokenizer._backend.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        assert tokenizer.decode(ids, skip) == expected
+      for _ in range(2):
+        assert [tokenizer.decode_one(i, skip) for i in every] == [tokenizer.decode([i], skip) for i in every]
+
+
+def test_a_decode_of_its_own_is_used(byte_level):
+  class Shouting(type(byte_level._backend)):
+    def _decode(self, *args, **options):
+      return super()._decode(*args, **options).upper()
+
+  backend = copy.copy(byte_level._backend)
+  backend.__class__ = Shouting
+  assert Tokenizer(backend).decode(byte_level.encode("a dog")).endswith("A DOG")
 
 
 def test_ids_of_a_padded_embedding_give_no_text(tokenizer):

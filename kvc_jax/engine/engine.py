@@ -516,6 +516,8 @@ class Engine:
     logprobs = dispatched.logprobs()
     for sequence, slot, limit in zip(dispatched.sequences, dispatched.slots, dispatched.limits, strict=True):
       sequence.ahead -= limit
+      if not sequence.ahead:
+        sequence.newest = None
       count = int(counts[slot])
       if sequence.finish_reason:  # it went on until that was seen
         sequence.steps += count

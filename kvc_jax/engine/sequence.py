@@ -47,7 +47,7 @@ class Sequence:
     steps: decode steps done; fewer than len(token_ids) - 1 while a sequence that
       started over catches up with what it had generated.
     ahead: decode steps dispatched beyond those, whose results nobody has read yet.
-    newest: the call that has the newest of those.
+    newest: the call that has the newest of those; None where there are none.
     held_blocks: when results were last read.
     compressions: evictions run.
     freed_blocks: blocks that they gave back.
@@ -122,7 +122,7 @@ class Sequence:
     """Goes back to the prompt; what was generated stays and is run again, not drawn again."""
     self.prefilled = self.steps = self.ahead = self.compressions = self.freed_blocks = 0
     self.compressed_at = -1
-    self.observation, self.has_gaps, self.shares = None, False, False
+    self.observation, self.newest, self.has_gaps, self.shares = None, None, False, False
 
   def accept(self, tokens: Sequences[int], logprobs: Sequences[TokenLogprobs], max_model_len: int) -> int:
     """Takes newly drawn tokens, up to the one that ends the sequence; returns how many.

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import gc
 import pathlib
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -266,6 +268,20 @@ def test_prompts_of_other_kinds_in_turn(engine):
     engine.add(*request)
   outputs = _serve(engine)
   assert [_what(outputs[key]) for key in sorted(outputs)] == expected
+
+
+def test_a_request_that_ended_is_forgotten(engine):
+  """At once, with the results that it was the last to read; they are on the device."""
+  gc.collect()
+  gc.disable()
+  try:
+    for request in REQUESTS:
+      engine.add(*request)
+    sequences = [weakref.ref(s) for s in engine._scheduler.waiting]
+    _serve(engine)
+    assert [ref() for ref in sequences if ref()] == []
+  finally:
+    gc.enable()
 
 
 def test_a_receipt_does_not_wait_for_the_chunk_ahead(engine, monkeypatch):
