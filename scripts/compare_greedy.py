@@ -6,7 +6,6 @@ sides run in f32, on the CPU or GPU that they find, with nothing compressed.
 """
 
 import argparse
-import datetime
 import importlib.metadata
 import itertools
 import json
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tqdm
+from bench_common import machine
 
 from kvc_jax.errors import InputError
 from kvc_jax.evaluation.haystack import held_out_sentences
@@ -58,9 +58,8 @@ def compare(model: str, length: int, count: int, seed: int) -> dict[str, Any]:
     rows.append({"task": task, "id": sample.id, "same": same, "reference": sample.references[0],
                  "ours": tokenizer.decode(own), "theirs": tokenizer.decode(other),
                  "right": score(task, tokenizer.decode(own), sample.references[0])})
-  versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")}
-  return {"model": model, "versions": versions, "date": datetime.date.today().isoformat(),
-          "length": length, "seed": seed, "samples": len(rows),
+  versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+  return {"machine": machine() | versions, "model": model, "length": length, "seed": seed, "samples": len(rows),
           "same": sum(row["same"] for row in rows), "right": sum(row["right"] for row in rows), "rows": rows}
 
 

@@ -102,8 +102,7 @@ def _train(args: argparse.Namespace) -> None:
       data=args.data, out=args.out, steps=args.steps, stop_at=args.stop_at, seconds=60 * (args.minutes or 0),
       started=_STARTED, lengths=lengths, evaluation_lengths=tested, tokens_per_step=args.tokens_per_step,
       rate=args.rate, seed=args.seed, workers=args.workers, resume=args.resume,
-      weights=args.weights,
-      evaluation_samples=args.evaluation_samples)
+      weights=args.weights, evaluation_samples=args.evaluation_samples)
   check_lengths(config)
   train(config, model, attention)
 

@@ -24,7 +24,7 @@ from kvc_jax.model.llama import Llama
 from kvc_jax.tokenizer import Tokenizer
 from kvc_jax.training import recall_batches as batches
 from kvc_jax.training.language_model import Progress, Trainer, flat_params, init_params
-from kvc_jax.training.recall_checkpoint import load_state
+from kvc_jax.training.recall_checkpoint import export_model, load_state
 from kvc_jax.training.recall_corpus import Corpus, prepare, without_held_out
 from kvc_jax.training.recall_training import TrainingConfig, check_lengths, learning_rate, length_shares, train
 
@@ -290,10 +290,10 @@ def test_loss_falls_and_a_state_without_moments_goes_on(prepared, tmp_path):
 
 
 def test_a_run_begins_with_the_weights_of_a_model(prepared, tmp_path):
-  train(_config(prepared, tmp_path / "first", steps=4), TINY, "xla")
-  train(_config(prepared, tmp_path / "second", weights=tmp_path / "first/model", seed=1, stop_at=0), TINY, "xla")
-  weights = flat_params(load_model(tmp_path / "first/model", "float32"))
-  state, notes = load_state(tmp_path / "second/state")
+  export_model(tmp_path / "model", init_params(TINY, 7), TINY, prepared / "tokenizer.json")
+  train(_config(prepared, tmp_path / "run", weights=tmp_path / "model", stop_at=0), TINY, "xla")
+  weights = flat_params(load_model(tmp_path / "model", "float32"))
+  state, notes = load_state(tmp_path / "run/state")
   assert notes["step"] == 0
   for name, value in weights.items():
     np.testing.assert_array_equal(state.params[name], value)
@@ -301,9 +301,9 @@ def test_a_run_begins_with_the_weights_of_a_model(prepared, tmp_path):
 
 def test_bad_input(prepared, tmp_path):
   other = dataclasses.replace(TINY, intermediate_size=2 * TINY.intermediate_size)
-  train(_config(prepared, tmp_path / "other", steps=1), other, "xla")
+  export_model(tmp_path / "other", init_params(other, 0), other, prepared / "tokenizer.json")
   with pytest.raises(InputError, match="another shape"):
-    train(_config(prepared, tmp_path / "c", weights=tmp_path / "other/model"), TINY, "xla")
+    train(_config(prepared, tmp_path / "c", weights=tmp_path / "other"), TINY, "xla")
   with pytest.raises(InputError, match="nothing"):
     train(_config(prepared, tmp_path / "d", weights=tmp_path / "nothing"), TINY, "xla")
   with pytest.raises(InputError, match="holds no state"):
