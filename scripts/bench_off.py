@@ -32,8 +32,8 @@ from kvc_jax.engine.batch import Batch
 from kvc_jax.engine.engine import Engine
 from kvc_jax.engine.packed import Packed
 from kvc_jax.engine.request import SamplingParams
-from kvc_jax.engine.sequence import Sequence
 from kvc_jax.eviction.compression import Compression
+from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.kernels.kv_write import kv_write
 from kvc_jax.kernels.paged_decode import paged_decode
 from kvc_jax.kernels.paged_prefill import paged_prefill
@@ -119,6 +119,7 @@ class SharedBatch(Batch):
 
   def _start_empty(self) -> None:
     super()._start_empty()
+    self._buckets = (self.config.num_slots,)  # the programs below have a row for every slot
     heads = self.config.num_kv_heads
     blocks = self.config.num_blocks // heads
     self.state = CacheState(
@@ -134,8 +135,8 @@ class SharedBatch(Batch):
     found, self.state = _mixed_step(self._flat, self.state, chunk, rows, most_prefix)
     return found, observation
 
-  def decode(self, sequences: list[Sequence], limits: list[int], num_steps: int) -> steps.Decoded:
-    rows = self._rows(sequences, limits, self.steps_per_sync)
+  def _decode(self, rows: Packed[steps.DecodeRows], num_steps: int, rule: ScoringRule | None) -> steps.Decoded:
+    assert rule is None
     found, self.state = _decode_loop(self._flat, self.state, rows, np.int32(num_steps))
     return found
 
@@ -177,7 +178,7 @@ def _mixed_step(
     return jnp.concatenate([out, decoded]), kv
 
   positions = jnp.concatenate([at, jnp.maximum(state.num_tokens - 1, 0)])
-  found, kv = steps.run_mixed(llama, chunk, rows, (ok, rows_ok), positions, attend, state.kv)
+  found, kv = steps.run_mixed(llama, chunk, rows, (ok, rows_ok), positions, attend, state.kv, num_slots=state.num_slots)
   return found, _with_pool(state, kv)
 
 

@@ -25,31 +25,31 @@ def decode_attention(
     scale: float,
     rule: ScoringRule | None = None,
 ) -> tuple[jax.Array, CacheState]:
-  """One layer's attention for the newest token of every slot; writes its KV.
+  """One layer's attention for the newest token of the first R slots; writes its KV.
 
   `allocate` has made room for one token of each active slot before.
 
   Args:
     state: the cache.
     layer: i32 [].
-    q: [S, H*G, D] after RoPE, a row for each slot.
-    k: [S, H, D] after RoPE.
-    v: [S, H, D].
-    active: [S], those that `allocate` gave room (its ok); other rows write nothing and yield zeros.
+    q: [R, H*G, D] after RoPE, a row for each of the first R slots; R may be S.
+    k: [R, H, D] after RoPE.
+    v: [R, H, D].
+    active: [R], those that `allocate` gave room (its ok); other rows write nothing and yield zeros.
     scale: factor on q k^T.
     rule: if it observes queries, adds the attention of each sequence's last decode
       query to the scores, and leaves the new query for the next step. None leaves
       the scores alone and costs nothing. Give it at every step or at none.
 
   Returns:
-    Output [S, H*G, D] and the new cache.
+    Output [R, H*G, D] and the new cache.
 
   Raises:
     ValueError: the rule observes queries, but the cache was made without num_heads.
   """
-  slots = jnp.arange(state.num_slots, dtype=jnp.int32)
+  slots = jnp.arange(q.shape[0], dtype=jnp.int32)
   q, k, v = scale_inputs(state, layer, q, k, v)
-  state = write(state, layer, slots, state.num_tokens - 1, k, v, active)
+  state = write(state, layer, slots, state.num_tokens[slots] - 1, k, v, active)
   out, state = attend_newest(state, layer, q, active=active, scale=scale, rule=rule)
   return scale_output(state, layer, out), state
 
@@ -58,15 +58,17 @@ def attend_newest(
     state: CacheState, layer: jax.Array, q: jax.Array, *, active: jax.Array, scale: float, rule: ScoringRule | None
 ) -> tuple[jax.Array, CacheState]:
   """`decode_attention` behind `write`, with queries in the cache's own unit (`scale_inputs`)."""
-  lengths = jnp.where(active[:, None], state.lengths, 0)
+  rows = q.shape[0]
+  others = state.num_slots - rows  # at rest: a few bytes for each, where the model's products would be long
+  lengths = jnp.where(jnp.pad(active, (0, others))[:, None], state.lengths, 0)
   observes = rule is not None and rule.observed != "none"
   out, observed = paged_decode(
-      q, state.kv, state.tables, lengths, layer, _observed(state, state.num_tokens - 2) if observes else None,
+      jnp.pad(q, ((0, others), (0, 0), (0, 0))), state.kv, state.tables, lengths, layer, _observed(state, state.num_tokens - 2) if observes else None,
       scale=scale, **({"power": rule.power, "buffer": rule.buffer, "every": rule.decode_every} if rule else {}))
   if observed is not None:
     state = dataclasses.replace(
         state, scores=observed.scores, queries=observed.queries, log_sums=observed.log_sums)
-  return out, state
+  return out[:rows], state
 
 
 def _observed(state: CacheState, query_positions: jax.Array) -> Observed:

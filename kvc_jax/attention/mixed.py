@@ -37,28 +37,28 @@ def mixed_attention(
     state: the cache, in which `allocate` has made room for both.
     observation: of the prompt.
     layer: i32 [].
-    q: [T+S, H*G, D] after RoPE: a chunk's T rows, then one for each slot.
-    k: [T+S, H, D] after RoPE.
-    v: [T+S, H, D].
+    q: [T+R, H*G, D] after RoPE: a chunk's T rows, then one for each of the first R slots; R may be S.
+    k: [T+R, H, D] after RoPE.
+    v: [T+R, H, D].
     slot: i32 [] of the prompt.
     count: i32 [] real rows of the chunk.
-    active: [S], slots that decode; never `slot`.
+    active: [R], slots that decode; never `slot`.
     scale: factor on q k^T.
     rule: of the prompt, as for `prefill_attention`.
     decode_rule: as the `rule` of `decode_attention`.
     most_prefix: as for `prefill_attention`.
 
   Returns:
-    Output [T+S, H*G, D], and the new cache and observation.
+    Output [T+R, H*G, D], and the new cache and observation.
   """
-  tokens = q.shape[0] - state.num_slots
-  slots = jnp.arange(state.num_slots, dtype=jnp.int32)
+  slots = jnp.arange(active.shape[0], dtype=jnp.int32)
+  tokens = q.shape[0] - len(slots)
   valid, positions = rows_of_chunk(state, slot, tokens, count)
   observation = observe_moments(observation, layer, q[:tokens], positions, valid, rule)
   q, k, v = scale_inputs(state, layer, q, k, v)
   state = write(
       state, layer, jnp.concatenate([jnp.broadcast_to(slot, valid.shape), slots]),
-      jnp.concatenate([positions, state.num_tokens - 1]), k, v, jnp.concatenate([valid, active]))
+      jnp.concatenate([positions, state.num_tokens[slots] - 1]), k, v, jnp.concatenate([valid, active]))
   out, state, observation = attend_chunk(
       state, observation, layer, q[:tokens], k[:tokens], v[:tokens], slot=slot, count=count, scale=scale, rule=rule,
       most_prefix=most_prefix)

@@ -1,5 +1,6 @@
 """The running batch: the cache on the device, and the transitions that an engine composes."""
 
+import heapq
 from collections.abc import Sequence as Sequences
 from typing import Any
 
@@ -26,10 +27,13 @@ from kvc_jax.model.rope import inverse_frequencies
 from kvc_jax.sampling import SamplingArrays
 
 _EVICT_TOKENS = 32_768
+_EVICT_ROWS = 16
 _NO_MASS = 2.0
 """A share of the scores that cannot be kept: nothing goes for it."""
 _STOP_IDS = 16
 """Ids that the device stops at; the host stops at any further ones."""
+_FEWEST_ROWS = 64
+"""So many rows of a product take no longer than one: reading the weights does."""
 
 
 class Batch:
@@ -51,12 +55,13 @@ class Batch:
     self.config = config
     self.chunk_size = chunk_size
     self.steps_per_sync = steps_per_sync
+    self._buckets = row_buckets(config.num_slots)
     self._kv_scales = None if kv_scales is None else np.asarray(kv_scales)
     self._start_empty()
     # Sequences per eviction call: each costs temporaries of some bytes for every KV its tables could hold.
     longest = config.max_blocks_per_head * config.block_size
     self._piece = min(PIECE_KVS, longest * config.heads_per_sequence)
-    self._evict_rows = max(1, min(config.num_slots, 4, _EVICT_TOKENS // longest))
+    self._evict_rows = max(1, min(config.num_slots, _EVICT_ROWS, _EVICT_TOKENS // longest))
 
   def reset(self) -> None:
     """Empties the cache, whatever state an exception may have left it in."""
@@ -70,7 +75,7 @@ class Batch:
 
   def _start_empty(self) -> None:
     self.state = init_cache(self.config, self._kv_scales)
-    self._free_slots = list(range(self.config.num_slots - 1, -1, -1))
+    self._free_slots = list(range(self.config.num_slots))  # a heap: few rows do where the first slots are used first
 
   @property
   def free_blocks(self) -> int:
@@ -83,7 +88,7 @@ class Batch:
 
   def take_slot(self, sequence: Sequence) -> None:
     """Gives the sequence an empty slot; the caller has checked that there is one."""
-    sequence.slot = self._free_slots.pop()
+    sequence.slot = heapq.heappop(self._free_slots)
 
   def prefill(self, sequence: Sequence, count: int) -> tuple[jax.Array, jax.Array]:
     """Runs the next `count` prompt tokens, at most a chunk, and nothing beside them.
@@ -118,7 +123,7 @@ class Batch:
     rows = self._rows(riders, [1] * len(riders), 1)
     if any(s.ahead for s in riders):
       assert before is not None, "a sequence has steps ahead, of a call that nobody named"
-      rows = steps.follow(rows, before.found, before.asked_of(riders, self.config.num_slots))
+      rows = steps.follow(rows, before.found, before.asked_of(riders, self._bucket(riders)))
     found, sequence.observation = self._mixed(
         sequence.compression, self._chunk(tokens, sequence.slot, count, sequence), rows, sequence.observation,
         self._bound_of_prefix(sequence.prefilled))
@@ -163,16 +168,19 @@ class Batch:
         self.state, observation, np.int32(slot), scale=self.model.config.head_dim**-0.5, rule=rule,
         in_order=in_order if matters else None)
 
-  def compile_prefill(self, compression: Compression | None, max_model_len: int) -> None:
-    """Runs all that prefilling a prompt of this kind can need, on an empty slot, which changes nothing."""
-    slot, tokens = self._free_slots[-1], np.zeros(self.chunk_size, np.int32)
+  def compile_kind(self, compression: Compression | None, max_model_len: int) -> None:
+    """Runs all that a request of this kind can need for its prompt and decode steps, on an empty slot: a no-op."""
+    slot, tokens = self._free_slots[0], np.zeros(self.chunk_size, np.int32)
     observation = self._new_observation(prefill_rule(compression))
-    rows = self._rows([], [], 1)
-    for most_prefix in {self._bound_of_prefix(most) for most in (0, 1, max_model_len - 1)}:
-      for _ in range(2):  # rows from the host, and from the device
-        found, observation = self._mixed(
-            compression, self._chunk(tokens, slot, 0, None), rows, observation, most_prefix)
-        rows = steps.follow(self._rows([], [], 1), found.decoded, np.zeros(self.config.num_slots, np.int32))
+    bounds = {self._bound_of_prefix(most) for most in (0, 1, max_model_len - 1)}
+    for bucket in self._buckets:
+      self._decode(self._rows([], [], self.steps_per_sync, bucket), 0, decode_rule(compression))
+      given = rows = self._rows([], [], 1, bucket)
+      for most_prefix in bounds:
+        for _ in range(2):  # rows from the host, and from the device
+          found, observation = self._mixed(
+              compression, self._chunk(tokens, slot, 0, None), given, observation, most_prefix)
+          given = steps.follow(rows, found.decoded, np.zeros(bucket, np.int32))
     if compression is not None and compression.scoring.observed in ("last", "moments"):
       for in_order in (True, False):
         self._score(observation, slot, compression.scoring, in_order=in_order)
@@ -185,14 +193,22 @@ class Batch:
     assert not any(s.shares and s.compression for s in sequences), "a sequence that scores shares blocks"
     rules = {rule for s in sequences if (rule := decode_rule(s.compression)) is not None}
     assert len(rules) <= 1, "sequences of one decode call score by different rules"
-    found, self.state = steps.decode_loop(
-        self._flat, self.state, self._rows(sequences, limits, self.steps_per_sync), np.int32(num_steps),
-        rule=next(iter(rules), None))
+    return self._decode(self._rows(sequences, limits, self.steps_per_sync), num_steps, next(iter(rules), None))
+
+  def _decode(self, rows: Packed[steps.DecodeRows], num_steps: int, rule: ScoringRule | None) -> steps.Decoded:
+    found, self.state = steps.decode_loop(self._flat, self.state, rows, np.int32(num_steps), rule=rule)
     return found
 
-  def _rows(self, sequences: list[Sequence], limits: list[int], most: int) -> Packed[steps.DecodeRows]:
+  def _bucket(self, sequences: list[Sequence]) -> int:
+    """Rows of a call that has a row for each of these."""
+    last = max((s.slot for s in sequences), default=0)
+    return next(rows for rows in self._buckets if rows > last)
+
+  def _rows(
+      self, sequences: list[Sequence], limits: list[int], most: int, bucket: int | None = None
+  ) -> Packed[steps.DecodeRows]:
     """What a call of at most so many steps is to do; the token of a sequence that has steps `ahead` may be missing."""
-    slots = self.config.num_slots
+    slots = bucket or self._bucket(sequences)
     tokens: Any = np.zeros(slots, np.int32)
     allowed: Any = np.zeros(slots, np.int32)
     wanted: Any = np.zeros(slots, bool)
@@ -264,7 +280,7 @@ class Batch:
   def release(self, sequence: Sequence) -> None:
     """Frees the sequence's blocks and slot."""
     self.state = steps.release(self.state, np.array([sequence.slot], np.int32))
-    self._free_slots.append(sequence.slot)
+    heapq.heappush(self._free_slots, sequence.slot)
     sequence.slot = -1
 
   def hold(self, sequence: Sequence) -> Held:
@@ -345,6 +361,17 @@ class Batch:
     last = np.iinfo(np.int32).max
     ordered = np.sort(np.where(index < lengths[..., None], held, last), axis=-1)[..., : lengths.max()]
     return np.where(ordered == last, -1, ordered)
+
+
+def row_buckets(num_slots: int) -> tuple[int, ...]:
+  """Numbers of rows that decode steps are compiled for: powers of two from where rows cost time, and all slots.
+
+  A step of few sequences does not pay for slots that are free.
+  """
+  buckets = []
+  while (rows := _FEWEST_ROWS << len(buckets)) < num_slots:
+    buckets.append(rows)
+  return *buckets, num_slots
 
 
 def prefill_rule(compression: Compression | None) -> ScoringRule | None:

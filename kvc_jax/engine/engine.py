@@ -801,7 +801,7 @@ class Engine:
     kinds = self.default_kinds() if kinds is None else kinds
     todo = dict.fromkeys(kind and smallest_of(kind) for kind in kinds)
     for kind in tqdm.tqdm(todo, disable=not progress, unit="kind", desc="compiling"):
-      self.batch.compile_prefill(kind, self.max_model_len)
+      self.batch.compile_kind(kind, self.max_model_len)
       self._serve_one(kind)
     if self.config.sharing:
       self.batch.compile_sharing()

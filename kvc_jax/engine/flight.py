@@ -49,10 +49,10 @@ class Dispatched:
   limits: list[int]
   found: Decoded
 
-  def asked_of(self, sequences: list[Sequence], num_slots: int) -> np.ndarray:
-    """Steps i32 [S] that were asked of those of `sequences` that are ahead; 0 in all other slots."""
+  def asked_of(self, sequences: list[Sequence], num_rows: int) -> np.ndarray:
+    """Steps i32 [R] that were asked of those of `sequences` that are ahead; 0 in all other slots."""
     limits = dict(zip(self.sequences, self.limits, strict=True))
-    asked = np.zeros(num_slots, np.int32)
+    asked = np.zeros(num_rows, np.int32)
     for sequence in sequences:
       if sequence.ahead:
         assert sequence.newest is self, "a sequence goes on from a call that is not its newest"

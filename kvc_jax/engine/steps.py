@@ -74,12 +74,12 @@ def decode_step(
   Args:
     model: the model.
     state: the cache; donated.
-    tokens: i32 [S] newest token of each slot.
-    active: bool [S].
+    tokens: i32 [R] newest token of each of the first R slots; R may be S.
+    active: bool [R].
     rule: adds attention to the scores; None where no compression will follow.
 
   Returns:
-    Logits f32 [S, V]; ok bool [S] (False: not active, or no block was free, and
+    Logits f32 [R, V]; ok bool [R] (False: not active, or no block was free, and
     the slot is as before); the cache.
   """
   return _decode(model, state, tokens, active, rule)
@@ -88,7 +88,7 @@ def decode_step(
 def _decode(
     model: Llama, state: CacheState, tokens: jax.Array, active: jax.Array, rule: ScoringRule | None
 ) -> tuple[jax.Array, jax.Array, CacheState]:
-  slots = jnp.arange(state.num_slots, dtype=jnp.int32)
+  slots = jnp.arange(len(tokens), dtype=jnp.int32)
   state, ok = alloc.allocate(state, slots, active.astype(jnp.int32), max_count=1)
   ok &= active
   scale = model.config.head_dim**-0.5
@@ -96,23 +96,23 @@ def _decode(
   def attend(layer, q, k, v, state):
     return decode_attention(state, layer, q, k, v, active=ok, scale=scale, rule=rule)
 
-  hidden, state = model(tokens, jnp.maximum(state.num_tokens - 1, 0), attend, state)
+  hidden, state = model(tokens, jnp.maximum(state.num_tokens[slots] - 1, 0), attend, state)
   return model.logits(hidden), ok, state
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeRows:
-  """What `decode_loop` is to do for each slot. K is the most steps of a loop.
+  """What `decode_loop` is to do for each of the first R slots; all others rest. K is the most steps of a loop.
 
   Attributes:
-    tokens: i32 [S] newest token of each slot, not in the cache yet.
-    limits: i32 [S] steps that the slot may take, up to K; 0 where it is not active.
-    given: i32 [S, K] tokens to go on with instead of drawn ones, -1 for none: those that a
+    tokens: i32 [R] newest token of each slot, not in the cache yet.
+    limits: i32 [R] steps that the slot may take, up to K; 0 where it is not active.
+    given: i32 [R, K] tokens to go on with instead of drawn ones, -1 for none: those that a
       sequence had generated before it started over.
-    stop_ids: i32 [S, E] ids behind which the slot stops, -1 for none.
+    stop_ids: i32 [R, E] ids behind which the slot stops, -1 for none.
     sampling: how to draw; `step` is that of the first token.
-    logprobs: bool [S] whether log-probabilities are wanted.
+    logprobs: bool [R] whether log-probabilities are wanted.
   """
 
   tokens: jax.Array
@@ -153,7 +153,7 @@ def decode_loop(
   Args:
     model: the model.
     state: the cache; donated.
-    rows: what to do for each slot; `Packed` is one transfer.
+    rows: what to do for the first R slots; each R is a program. `Packed` is one transfer.
     num_steps: i32 [] most steps, up to K; traced, so one compile serves any number.
     rule: as for `decode_step`.
 
@@ -166,15 +166,15 @@ def decode_loop(
 
 
 Step = Callable[[CacheState, jax.Array, jax.Array], tuple[jax.Array, jax.Array, CacheState]]
-"""Cache, tokens i32 [S] and active bool [S] to logits f32 [S, V], ok bool [S] and the cache: see `decode_step`."""
+"""Cache, tokens i32 [R] and active bool [R] to logits f32 [R, V], ok bool [R] and the cache: see `decode_step`."""
 
 
 def run_loop(
     decode: Step, state: CacheState, rows: DecodeRows, num_steps: jax.Array, vocab_size: int
 ) -> tuple[Decoded, CacheState]:
   """What `decode_loop` is made of, for any way to do a step."""
-  slots, steps = rows.given.shape
-  slot = jnp.arange(slots, dtype=jnp.int32)
+  width, steps = rows.given.shape
+  slot = jnp.arange(width, dtype=jnp.int32)
 
   def going(carry):
     step, moved, *_ = carry
@@ -182,7 +182,7 @@ def run_loop(
 
   def body(carry):
     step, _, tokens, limits, found, state = carry
-    counts = found.counts
+    counts = found.counts[:width]
     logits, ok, state = decode(state, tokens, counts < limits)
     drawn = sample(logits, dataclasses.replace(rows.sampling, step=rows.sampling.step + counts))
     given = rows.given[slot, jnp.minimum(counts, steps - 1)]
@@ -190,9 +190,10 @@ def run_loop(
     found = _note(found, token, ok, logprobs_of(logits, token, jnp.any(rows.logprobs & ok)))
     stopped = ok & jnp.any(token[:, None] == rows.stop_ids, axis=1)
     limits = jnp.where(stopped, 0, limits)
-    return step + 1, jnp.any(found.counts < limits) & jnp.any(ok), jnp.where(ok, token, tokens), limits, found, state
+    going_on = jnp.any(found.counts[:width] < limits) & jnp.any(ok)
+    return step + 1, going_on, jnp.where(ok, token, tokens), limits, found, state
 
-  nothing = _nothing(steps, slots, vocab_size)
+  nothing = _nothing(steps, state.num_slots, vocab_size)
   start = (jnp.int32(0), jnp.any(rows.limits > 0), rows.tokens, rows.limits, nothing, state)
   *_, found, state = lax.while_loop(going, body, start)
   return found, state
@@ -208,13 +209,13 @@ def _nothing(steps: int, slots: int, vocab_size: int) -> Decoded:
 def _note(found: Decoded, token: jax.Array, ok: jax.Array, logprobs: Logprobs) -> Decoded:
   """Puts down each ok slot's token behind those it has."""
   steps, slots = found.tokens.shape
-  at = jnp.where(ok, found.counts, steps), jnp.arange(slots)
+  at = jnp.where(ok, found.counts[: len(ok)], steps), jnp.arange(len(ok))
 
   def put(rows: jax.Array, row: jax.Array) -> jax.Array:
     return rows.at[at].set(row, mode="drop")
 
   return Decoded(
-      found.counts + ok, put(found.tokens, token), jax.tree.map(put, found.logprobs, logprobs))
+      found.counts + jnp.pad(ok, (0, slots - len(ok))), put(found.tokens, token), jax.tree.map(put, found.logprobs, logprobs))
 
 
 @jax.tree_util.register_dataclass
@@ -288,7 +289,7 @@ def mixed_step(
     What was found; the cache; the observation.
   """
   model, piece, riders = _whole(model), unpack(chunk), unpack(rows)
-  slots, width = jnp.arange(state.num_slots, dtype=jnp.int32), piece.tokens.shape[0]
+  slots, width = jnp.arange(len(riders.tokens), dtype=jnp.int32), piece.tokens.shape[0]
   state, (ok,) = alloc.allocate(state, piece.slot[None], piece.count[None], max_count=width)
   count, active = jnp.where(ok, piece.count, 0), riders.limits > 0
   state, rows_ok = alloc.allocate(state, slots, active.astype(jnp.int32), max_count=1)
@@ -303,17 +304,17 @@ def mixed_step(
         decode_rule=decode_rule, most_prefix=most_prefix)
     return out, (state, observation)
 
-  positions = jnp.concatenate([positions, jnp.maximum(state.num_tokens - 1, 0)])
+  positions = jnp.concatenate([positions, jnp.maximum(state.num_tokens[slots] - 1, 0)])
   found, (state, observation) = run_mixed(
-      model, piece, riders, (ok, rows_ok), positions, attend, (state, observation))
+      model, piece, riders, (ok, rows_ok), positions, attend, (state, observation), num_slots=state.num_slots)
   return found, state, observation
 
 
 def run_mixed(
     model: Llama, chunk: PromptChunk, rows: DecodeRows, ok: tuple[jax.Array, jax.Array], positions: jax.Array,
-    attend: Attend, state: Any,
+    attend: Attend, state: Any, *, num_slots: int,
 ) -> tuple[Mixed, Any]:
-  """What `mixed_step` is made of, for any cache: `ok` is bool [] and bool [S], `positions` are i32 [T+S]."""
+  """What `mixed_step` is made of, for any cache: `ok` is bool [] and bool [R], `positions` are i32 [T+R]."""
   chunk_ok, rows_ok = ok
   hidden, state = model(jnp.concatenate([chunk.tokens, rows.tokens]), positions, attend, state)
   last = hidden[jnp.maximum(chunk.count - 1, 0)]
@@ -323,7 +324,7 @@ def run_mixed(
   wanted = jnp.any(chunk.logprobs) | jnp.any(rows.logprobs & rows_ok)
   logprobs = logprobs_of(logits, tokens, wanted)
   of_first, of_rows = (jax.tree.map(lambda a, part=part: a[part], logprobs) for part in (slice(1), slice(1, None)))
-  nothing = _nothing(1, len(rows_ok), logits.shape[-1])
+  nothing = _nothing(1, num_slots, logits.shape[-1])
   return Mixed(chunk_ok, logits[0], tokens[:1], of_first, _note(nothing, tokens[1:], rows_ok, of_rows)), state
 
 
@@ -334,14 +335,14 @@ def follow(rows: Packed[DecodeRows], before: Decoded, asked: jax.Array) -> Packe
   Args:
     rows: as if each slot had taken all the steps that were asked of it.
     before: what the call found.
-    asked: i32 [S] limits that it was given; slots with 0 were not in it, and stay as they are.
+    asked: i32 [R] limits that it was given; slots with 0 were not in it, and stay as they are.
 
   Returns:
     Rows with the tokens that were drawn. Those who drew a stop id, or found no block, are at rest.
   """
-  plain = rows.unpacked()
-  last = before.tokens[jnp.maximum(asked, 1) - 1, jnp.arange(len(asked))]
-  goes = (before.counts == asked) & ~jnp.any(last[:, None] == plain.stop_ids, axis=1)
+  plain, slots = rows.unpacked(), jnp.arange(len(asked))
+  last = before.tokens[jnp.maximum(asked, 1) - 1, slots]
+  goes = (before.counts[slots] == asked) & ~jnp.any(last[:, None] == plain.stop_ids, axis=1)
   return Packed.of(dataclasses.replace(
       plain, tokens=jnp.where(asked > 0, last, plain.tokens), limits=jnp.where((asked > 0) & ~goes, 0, plain.limits)))
 
