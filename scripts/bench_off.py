@@ -127,6 +127,9 @@ class SharedBatch(Batch):
         tables=self.state.tables[:, :, :1], lengths=self.state.lengths[:, :, :1],
         free_ids=jnp.arange(blocks - 1, -1, -1, dtype=jnp.int32), free_count=jnp.asarray(blocks - 1, jnp.int32))
 
+  def _compile_side_by_side(self, *_: Any) -> None:
+    pass
+
   def _mixed(
       self, compression: Compression | None, chunk: Packed[steps.PromptChunk], rows: Packed[steps.DecodeRows],
       observation: Observation, most_prefix: int | None,

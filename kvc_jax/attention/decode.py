@@ -63,7 +63,8 @@ def attend_newest(
   lengths = jnp.where(jnp.pad(active, (0, others))[:, None], state.lengths, 0)
   observes = rule is not None and rule.observed != "none"
   out, observed = paged_decode(
-      jnp.pad(q, ((0, others), (0, 0), (0, 0))), state.kv, state.tables, lengths, layer, _observed(state, state.num_tokens - 2) if observes else None,
+      jnp.pad(q, ((0, others), (0, 0), (0, 0))), state.kv, state.tables, lengths, layer,
+      _observed(state, state.num_tokens - 2) if observes else None,
       scale=scale, **({"power": rule.power, "buffer": rule.buffer, "every": rule.decode_every} if rule else {}))
   if observed is not None:
     state = dataclasses.replace(

@@ -1,7 +1,9 @@
 """The running batch: the cache on the device, and the transitions that an engine composes."""
 
 import heapq
+import os
 from collections.abc import Sequence as Sequences
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -113,17 +115,14 @@ class Batch:
       count: tokens.
       riders: sequences that decode; each has no `decode_rule`, or the `ride_rule` of `sequence`, and shares no
         blocks where it has one.
-      before: the newest call of all riders that have steps `ahead`.
+      before: the newest call that those riders are in that have steps `ahead`.
     """
     assert not any(s.shares and s.compression for s in riders), "a sequence that scores shares blocks"
     if sequence.observation is None:
       sequence.observation = self._new_observation(prefill_rule(sequence.compression))
     tokens = np.zeros(self.chunk_size, np.int32)
     tokens[:count] = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
-    rows = self._rows(riders, [1] * len(riders), 1)
-    if any(s.ahead for s in riders):
-      assert before is not None, "a sequence has steps ahead, of a call that nobody named"
-      rows = steps.follow(rows, before.found, before.asked_of(riders, self._bucket(riders)))
+    rows = self._following(self._rows(riders, [1] * len(riders), 1), riders, before)
     found, sequence.observation = self._mixed(
         sequence.compression, self._chunk(tokens, sequence.slot, count, sequence), rows, sequence.observation,
         self._bound_of_prefix(sequence.prefilled))
@@ -173,31 +172,67 @@ class Batch:
     slot, tokens = self._free_slots[0], np.zeros(self.chunk_size, np.int32)
     observation = self._new_observation(prefill_rule(compression))
     bounds = {self._bound_of_prefix(most) for most in (0, 1, max_model_len - 1)}
+    self._compile_side_by_side(compression, observation, bounds)
     for bucket in self._buckets:
-      self._decode(self._rows([], [], self.steps_per_sync, bucket), 0, decode_rule(compression))
-      given = rows = self._rows([], [], 1, bucket)
+      asked = np.zeros(bucket, np.int32)
+      loop = rows = self._rows([], [], self.steps_per_sync, bucket)
+      for _ in range(2):  # rows from the host, and from the device
+        decoded = self._decode(loop, 0, decode_rule(compression))
+        loop = steps.follow(rows, decoded, asked)
+      row = self._rows([], [], 1, bucket)
+      beside = steps.follow(row, decoded, asked)
       for most_prefix in bounds:
-        for _ in range(2):  # rows from the host, and from the device
+        for given in (row, beside):
           found, observation = self._mixed(
               compression, self._chunk(tokens, slot, 0, None), given, observation, most_prefix)
-          given = steps.follow(rows, found.decoded, np.zeros(bucket, np.int32))
+      steps.follow(row, found.decoded, asked)
     if compression is not None and compression.scoring.observed in ("last", "moments"):
       for in_order in (True, False):
         self._score(observation, slot, compression.scoring, in_order=in_order)
 
-  def decode(self, sequences: list[Sequence], limits: list[int], num_steps: int) -> steps.Decoded:
+  def _compile_side_by_side(
+      self, compression: Compression | None, observation: Observation, bounds: set[int | None]) -> None:
+    """Compiles the programs of all layers in threads; the calls of them find what was compiled."""
+    chunk = self._chunk(np.zeros(self.chunk_size, np.int32), 0, 0, None)
+    rules = {"rule": prefill_rule(compression), "decode_rule": ride_rule(compression)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+      compiled = []
+      for bucket in self._buckets:
+        rows, row = (self._rows([], [], most, bucket) for most in (self.steps_per_sync, 1))
+        lowered = [steps.decode_loop.lower(
+            self._flat, self.state, rows, np.int32(0), rule=decode_rule(compression))]
+        lowered += [steps.mixed_step.lower(
+            self._flat, self.state, observation, chunk, row, most_prefix=most_prefix, **rules)
+            for most_prefix in bounds]
+        compiled += [pool.submit(program.compile) for program in lowered]
+      for program in compiled:
+        program.result()
+
+  def decode(
+      self, sequences: list[Sequence], limits: list[int], num_steps: int, before: Dispatched | None = None
+  ) -> steps.Decoded:
     """Runs up to `num_steps` decode steps, at most limits[i] of sequences[i].
 
-    All sequences whose decode keeps scores share one `decode_rule`, and no blocks.
+    All sequences whose decode keeps scores share one `decode_rule`, and no blocks. `before` is as for `mixed`.
     """
     assert not any(s.shares and s.compression for s in sequences), "a sequence that scores shares blocks"
     rules = {rule for s in sequences if (rule := decode_rule(s.compression)) is not None}
     assert len(rules) <= 1, "sequences of one decode call score by different rules"
-    return self._decode(self._rows(sequences, limits, self.steps_per_sync), num_steps, next(iter(rules), None))
+    rows = self._following(self._rows(sequences, limits, self.steps_per_sync), sequences, before)
+    return self._decode(rows, num_steps, next(iter(rules), None))
 
   def _decode(self, rows: Packed[steps.DecodeRows], num_steps: int, rule: ScoringRule | None) -> steps.Decoded:
     found, self.state = steps.decode_loop(self._flat, self.state, rows, np.int32(num_steps), rule=rule)
     return found
+
+  def _following(
+      self, rows: Packed[steps.DecodeRows], sequences: list[Sequence], before: Dispatched | None
+  ) -> Packed[steps.DecodeRows]:
+    """The rows of these, where those that have steps `ahead` go on from what `before` finds."""
+    if before is None or not any(s.ahead for s in sequences):
+      assert not any(s.ahead for s in sequences), "a sequence has steps ahead that nobody named"
+      return rows
+    return steps.follow(rows, before.found, before.asked_of(sequences, self._bucket(sequences)))
 
   def _bucket(self, sequences: list[Sequence]) -> int:
     """Rows of a call that has a row for each of these."""
@@ -238,7 +273,7 @@ class Batch:
 
   def compress(self, sequences: list[Sequence]) -> list[Evicted]:
     """Evicts each sequence down to its own budget; all share one rule and allocation, and all or
-    none have a `mass`.
+    none have a `mass`. One that does not take all of its steps `ahead` is left alone.
 
     While its prompt is prefilled, that is the budget that the whole prompt will have.
     """
@@ -249,26 +284,25 @@ class Batch:
 
   def _compress_rows(self, sequences: list[Sequence]) -> Evicted:
     first = _compression(sequences[0])
-    rows = np.zeros((6, self._evict_rows), np.int32)
+    rows = np.zeros((7, self._evict_rows), np.int32)
     mass = None if first.mass is None else np.ones(self._evict_rows, np.float32)
     rows[0] = self.config.num_slots  # rows without a sequence are ignored
     keep = np.zeros((self._evict_rows, MOST_KEPT_RANGES, 2), np.int32)
     for i, sequence in enumerate(sequences):
       compression = _compression(sequence)
-      tokens = len(sequence.prompt) + sequence.steps
+      tokens = len(sequence.prompt) + sequence.steps + sequence.ahead
       rows[:, i] = (
           sequence.slot, compression.cache_tokens(tokens), compression.window,
-          compression.sinks, first_observed(compression.scoring, sequence.prefilled), compression.least_tokens(tokens))
+          compression.sinks, first_observed(compression.scoring, sequence.prefilled), compression.least_tokens(tokens),
+          sequence.tokens_ahead)
       if mass is not None:
         # A prompt that is larger than the pool is compressed on its way too: by the other budgets alone.
         mass[i] = compression.mass if sequence.prefilled == len(sequence.prompt) else _NO_MASS
       for j, pair in enumerate(compression.keep):
         keep[i, j] = pair
-      sequence.compressions += 1
-      sequence.has_gaps = True
-      sequence.compressed_at = sequence.tokens_seen
+      sequence.note_compression()
     model = self._flat if getattr(first.scoring, "needs_output", False) else None
-    arrays: list[Any] = [*rows[:5], keep, rows[5], mass]
+    arrays: list[Any] = [*rows[:5], keep, rows[5], mass, rows[6]]
     self.state, eviction = steps.evict(
         self.state, Packed.of(steps.EvictRows(*arrays)), rule=first.scoring, allocation=first.allocation, model=model)
     return sequences, eviction.freed_blocks
@@ -368,7 +402,7 @@ def row_buckets(num_slots: int) -> tuple[int, ...]:
 
   A step of few sequences does not pay for slots that are free.
   """
-  buckets = []
+  buckets: list[int] = []
   while (rows := _FEWEST_ROWS << len(buckets)) < num_slots:
     buckets.append(rows)
   return *buckets, num_slots

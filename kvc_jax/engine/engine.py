@@ -22,7 +22,7 @@ from kvc_jax.config import LlamaConfig
 from kvc_jax.engine import footprint, saved
 from kvc_jax.engine.batch import Batch, decode_rule, ride_rule
 from kvc_jax.engine.checks import check_profile, check_types, prompt_ids
-from kvc_jax.engine.flight import Dispatched, First, Flight, row_of, token_logprobs, worthwhile_steps
+from kvc_jax.engine.flight import SYNC_STEPS, Dispatched, First, Flight, row_of, token_logprobs, worthwhile_steps
 from kvc_jax.engine.kinds import kind_of, kinds_of, smallest_of
 from kvc_jax.engine.output_text import OutputText
 from kvc_jax.engine.pool import calibrated_scales, check_sizes, context_length, pool_config
@@ -180,7 +180,8 @@ class Engine:
     self._flight: Flight | None = None  # what is being dispatched
     self._sealed: Flight | None = None  # what was dispatched before that, and not read yet
     self._chunks_ahead = 0  # prompt chunks of the next step that were dispatched already
-    self._ride: Dispatched | None = None  # the newest decode step beside a chunk
+    self._newest: Dispatched | None = None  # decode steps that those to come can go on from, unread
+    self._decoded_ahead = False  # decode steps of the next step were dispatched already
     self._riding: set[ScoringRule | None] = set()  # decode rules of those that go beside a chunk of this step
     self._news: list[Sequence] = []  # those that the next updates are about, in the order in which they got there
     self._stalled = False  # a sequence got no block, and none has come back since
@@ -397,7 +398,7 @@ class Engine:
       self._collect()
     ended = [s for s in self._scheduler.running if s.finish_reason]
     self._let_go(ended, self._lengths)
-    due = [s for s in self._scheduler.running if s.decodes and s.is_due]
+    due = [s for s in self._scheduler.running if s.decodes and not s.ahead and s.is_due]
     self._compress(due)
     if self._stalled:
       if not due:  # else blocks may come back, which the next look at the results will tell
@@ -409,18 +410,22 @@ class Engine:
   def _run(self) -> None:
     """Dispatches prompt chunks with a decode step in the first, then what decode steps have no part in that one.
 
-    A chunk of the next step's then keeps the device busy.
+    A chunk of the next step's, or its decode steps, then keep the device busy.
     """
     ahead, self._chunks_ahead = self._chunks_ahead, 0
-    if not ahead:
-      self._ride = None
-    prefilled = [self._prefill_chunk() for _ in range(self._chunks_per_step - ahead)]
+    decoded, self._decoded_ahead = self._decoded_ahead, False
+    if not ahead and not decoded:
+      self._newest = None
+    before = self._newest if decoded else None
+    prefilled = [self._prefill_chunk(before) for _ in range(self._chunks_per_step - ahead)]
     prefills = ahead > 0 or any(prefilled)
-    self._decode(1 if prefills else self.batch.steps_per_sync)
+    if not decoded:
+      newest = self._decode(1 if prefills else self.batch.steps_per_sync)
+      self._newest = self._newest if prefills else newest
     self._seal()
     self._riding.clear()
-    if prefills:
-      self._prefill_ahead()
+    if not (prefills and self._prefill_ahead()):
+      self._decode_ahead()
 
   def _postprocess(self) -> list[Update]:
     """Turns tokens into text and updates."""
@@ -462,6 +467,7 @@ class Engine:
     self._land()
     self._seal()
     self._land()
+    self._decoded_ahead = False
 
   def _land(self) -> None:
     """Waits for the sealed flight, not for a chunk ahead, and notes what came of it."""
@@ -470,9 +476,10 @@ class Engine:
       return
     landed = flight.land()
     for sequence, blocks in landed.freed:
-      sequence.freed_blocks += blocks
-      self._counts["compressions"] += 1
-      self._counts["freed_blocks"] += blocks
+      if blocks >= 0:
+        sequence.freed_blocks += blocks
+        self._counts["compressions"] += 1
+        self._counts["freed_blocks"] += blocks
     news = [(1, f.sequence) for f, token in landed.first
             if f.sequence not in landed.failed and self._take_first(f, token)]
     for dispatched, counts, tokens in landed.decoded:
@@ -521,6 +528,7 @@ class Engine:
       count = int(counts[slot])
       if sequence.finish_reason:  # it went on until that was seen
         sequence.steps += count
+        sequence.forget_compression_ahead()
         continue
       known = len(sequence.token_ids) - 1 - sequence.steps  # run again, not drawn
       sequence.steps += count
@@ -529,6 +537,8 @@ class Engine:
       rows = [row_of(logprobs, (step, slot)) for step in range(known, count)] if asked else []
       if tokens:
         news.append((self._accept(sequence, tokens, rows), sequence))
+      if sequence.finish_reason or count < limit:
+        sequence.forget_compression_ahead()
       self._stalled |= count < limit and not sequence.finish_reason
     return news
 
@@ -692,8 +702,8 @@ class Engine:
 
   # -------------------------------------------------------------------------- running
 
-  def _prefill_chunk(self) -> bool:
-    """Dispatches the next piece of the prompt whose turn it is; False where there is none."""
+  def _prefill_chunk(self, before: Dispatched | None) -> bool:
+    """Dispatches the next piece of the prompt whose turn it is, behind these decode steps; False if there is none."""
     sequence = self._scheduler.prefilling or self._admit()
     if sequence is None:
       return False
@@ -702,24 +712,26 @@ class Engine:
       if len(self._scheduler.running) == 1 and self._flight is None:  # nobody will free any
         self._finish(sequence, "cache_full")
       return False  # until others have ended
-    self._prefill(sequence, count, blocks, [s for s in self._scheduler.running if not s.ahead])
+    self._prefill(sequence, count, blocks, before)
     return True
 
-  def _prefill_ahead(self) -> None:
+  def _prefill_ahead(self) -> bool:
     """Dispatches a chunk of the next step's, where a prompt has one and decode steps surely leave blocks for it.
 
     The device runs it while results are read and the next steps dispatched; cached prefixes would have to wait for it.
+    Returns whether there is one.
     """
     if self._prefixes is not None:
-      return
+      return False
     sequence = self._scheduler.prefilling or self._admit()
     if sequence is None:
-      return
+      return False
     count, blocks = self._next_piece(sequence)
-    if blocks - sequence.held_blocks + self._scheduler.blocks_ahead <= self._scheduler.free_blocks:
-      others = [s for s in self._scheduler.running if not s.ahead or s.newest is self._ride]
-      self._prefill(sequence, count, blocks, others)
-      self._chunks_ahead = 1
+    if blocks - sequence.held_blocks + self._scheduler.blocks_ahead > self._scheduler.free_blocks:
+      return False
+    self._prefill(sequence, count, blocks, self._newest)
+    self._chunks_ahead = 1
+    return True
 
   def _next_piece(self, sequence: Sequence) -> tuple[int, int]:
     """Tokens of a prompt's next chunk, and the most blocks that the sequence holds behind it."""
@@ -727,17 +739,21 @@ class Engine:
     count = footprint.next_piece(sequence, self.batch.chunk_size, self._prefix_interval if cached else None)
     return count, footprint.blocks_behind(self.config, sequence, count)
 
-  def _prefill(self, sequence: Sequence, count: int, blocks: int, others: list[Sequence]) -> None:
-    """Dispatches a chunk, a decode step of those of the others that can go beside it, and what comes behind it."""
+  def _prefill(self, sequence: Sequence, count: int, blocks: int, before: Dispatched | None) -> None:
+    """Dispatches a chunk, a decode step of those of the others that can go beside it, and what comes behind it.
+
+    Those can that are not ahead, or by `before`.
+    """
     self._claim(sequence, blocks)
     rules = {None, ride_rule(sequence.compression)}
-    riders = [s for s in others
-              if s.decodes and s.steps_left(self.max_model_len) > 0 and decode_rule(s.compression) in rules]
-    found = self.batch.mixed(sequence, count, riders, self._ride)
+    riders = [s for s in self._scheduler.running
+              if s.decodes and s.steps_left(self.max_model_len) > 0 and decode_rule(s.compression) in rules
+              and (not s.ahead or s.newest is before)]
+    found = self.batch.mixed(sequence, count, riders, before)
     self._riding |= rules
     self._free_now -= len(riders) * self.config.heads_per_sequence
     if riders:
-      self._ride = self._in_flight.decodes(riders, [1] * len(riders), found.decoded)
+      self._newest = self._in_flight.decodes(riders, [1] * len(riders), found.decoded)
     self._counts["prompt_tokens"] += count
     self._in_flight.given.append(found.ok)
     self._in_flight.given_to.append(sequence)
@@ -753,20 +769,55 @@ class Engine:
         wanted = sequence.params.logprobs is not None
         self._in_flight.first.append(First(sequence, found.token, found.logprobs if wanted else None))
 
-  def _decode(self, most_steps: int) -> None:
-    """Dispatches decode steps, once for each way of keeping scores, of those that go beside no chunk."""
+  def _decode(self, most_steps: int) -> Dispatched | None:
+    """Dispatches decode steps, once for each way of keeping scores, of those that go beside no chunk.
+
+    Returns the last call.
+    """
     rows = [s for s in self._scheduler.running if s.decodes and decode_rule(s.compression) not in self._riding]
     most_steps = worthwhile_steps([min(s.steps_left(self.max_model_len), most_steps) for s in rows])
     groups = collections.defaultdict(list)
     for sequence in rows:
       groups[decode_rule(sequence.compression)].append(sequence)
-    plain = groups.pop(None, [])
+    plain, newest = groups.pop(None, []), None
     scored = list(groups.values()) or ([[]] if plain else [])
     for group in scored:
       group += plain  # whoever needs no scores goes with the first group
       plain = []
       limits = [min(s.steps_left(self.max_model_len), most_steps) for s in group]
-      self._in_flight.decodes(group, limits, self.batch.decode(group, limits, most_steps))
+      newest = self._in_flight.decodes(group, limits, self.batch.decode(group, limits, most_steps))
+    return newest
+
+  def _decode_ahead(self) -> None:
+    """Dispatches the next step's decode steps, and the compressions that are due in front of them.
+
+    The device is at them while results are read. Who reached an end sits there, who has just got through a prompt joins
+    a call later, and so may somebody who waits: only where that costs less than the device's wait.
+    """
+    running, waiting, before = self._scheduler.running, self._scheduler.waiting, self._newest
+    if (self._prefixes is not None or before is None or self._sealed is None or before not in self._sealed.decoded
+        # Who may be compressed on demand is to be found at rest.
+        or (waiting and any(s.compression and s.compression.on_demand for s in running))):
+      return
+    ready = [s for s in running if s.decodes and (s.newest is before or not s.ahead)
+             and s.steps_to_end(self.max_model_len) > 0
+             and not (s.is_due and s.positions)]  # its receipt names positions of the time of its last token
+    if len({decode_rule(s.compression) for s in ready} - {None}) > 1:
+      return
+    # No more than two calls are ahead of whoever comes; whoever may start counts on no more than a block of each head.
+    longest = self.batch.steps_per_sync // 2
+    longest = min(longest, self.config.block_size) if waiting else longest
+    left = [min(s.steps_behind_compression(self.max_model_len), longest) for s in ready]
+    most = worthwhile_steps(left)
+    idle = len(running) - len(ready)
+    if not most or idle * most > SYNC_STEPS * len(ready):
+      return
+    if due := [s for s in ready if s.is_due]:
+      self._compress(due)
+      self._sealed.shrinks(self.batch.usage())
+    limits = [min(steps, most) for steps in left]
+    self._newest = self._in_flight.decodes(ready, limits, self.batch.decode(ready, limits, most, before))
+    self._decoded_ahead = True
 
   # ---------------------------------------------------------------------------- state
 

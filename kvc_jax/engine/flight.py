@@ -40,7 +40,7 @@ class First:
     return [] if self.logprobs is None else [row_of(jax.device_get(self.logprobs), 0)]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dispatched:
   """Decode steps that were dispatched: at most `limits` of each sequence, in the slot that it had then."""
 
@@ -123,6 +123,13 @@ class Flight:
     """Takes what the cache holds behind it, and starts the copies to the host."""
     self.usage = usage
     for array in jax.tree.leaves((self._arrays(), usage.held, usage.free)):
+      array.copy_to_host_async()
+
+  def shrinks(self, usage: Usage) -> None:
+    """Takes what is held and free behind compressions that follow at once; lengths stay those that receipts name."""
+    assert self.usage is not None
+    self.usage = dataclasses.replace(usage, lengths=self.usage.lengths)
+    for array in (usage.held, usage.free):
       array.copy_to_host_async()
 
   def land(self) -> Landed:

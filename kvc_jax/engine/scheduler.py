@@ -36,7 +36,8 @@ class Scheduler:
   @property
   def blocks_ahead(self) -> int:
     """Most blocks that decode steps take whose results nobody has read yet."""
-    return sum(s.ahead for s in self.running) * self._config.heads_per_sequence
+    size = self._config.block_size
+    return sum(-(-s.ahead // size) for s in self.running) * self._config.heads_per_sequence
 
   def next_to_start(self) -> Sequence | None:
     """The first in the queue, where blocks are free for it; None while another is prefilled.
@@ -58,7 +59,7 @@ class Scheduler:
     """Blocks that would have to be freed for the first in the queue; 0 where it needs no more, or may not start."""
     if not self.waiting or not self.running or self._full or self.prefilling:
       return 0
-    reserve = len(self.running) * self._config.heads_per_sequence
+    reserve = max(len(self.running) * self._config.heads_per_sequence, self.blocks_ahead)
     return max(self._blocks_to_start(self.waiting[0]) + reserve - self.free_blocks, 0)
 
   def _blocks_to_start(self, sequence: Sequence) -> int:

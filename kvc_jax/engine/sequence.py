@@ -51,7 +51,7 @@ class Sequence:
     held_blocks: when results were last read.
     compressions: evictions run.
     freed_blocks: blocks that they gave back.
-    compressed_at: tokens seen when it was last compressed.
+    compressed_at: tokens seen when it was last compressed, steps `ahead` included.
     snapshot: of its cache, where it gave way and that was kept in host memory.
     finish_reason: set when the sequence has ended.
     receipt: set then.
@@ -105,18 +105,40 @@ class Sequence:
     return self.prefilled == len(self.prompt) and bool(self.token_ids) and self.finish_reason is None
 
   @property
+  def tokens_ahead(self) -> int:
+    """Tokens that will have gone through the cache when the steps ahead are done."""
+    return self.tokens_seen + self.ahead
+
+  @property
   def is_due(self) -> bool:
-    """Whether `interval` asks for a compression behind the step just done."""
-    interval = self.compression.interval if self.compression else None
-    return bool(interval and self.steps and self.steps % interval == 0 and self.compressed_at != self.tokens_seen)
+    """Whether `interval` asks for a compression behind the steps that are done or ahead."""
+    interval, steps = self.compression.interval if self.compression else None, self.steps + self.ahead
+    return bool(interval and steps and steps % interval == 0 and self.compressed_at != self.tokens_ahead)
+
+  def steps_to_end(self, max_model_len: int) -> int:
+    """Decode steps to the last one that there can be, behind those that are ahead."""
+    return min(self.params.max_tokens, max_model_len - len(self.prompt)) - 1 - self.steps - self.ahead
 
   def steps_left(self, max_model_len: int) -> int:
     """Decode steps to the next compression that is due, or to the end, behind those that are ahead."""
-    last = min(self.params.max_tokens, max_model_len - len(self.prompt)) - 1
-    left = last - self.steps
-    interval = self.compression.interval if self.compression else None
-    left = left if interval is None else min(left, interval - self.steps % interval)
-    return left - self.ahead
+    return 0 if self.is_due else self.steps_behind_compression(max_model_len)
+
+  def steps_behind_compression(self, max_model_len: int) -> int:
+    """`steps_left` behind the compression that is due, if one is."""
+    left, interval = self.steps_to_end(max_model_len), self.compression.interval if self.compression else None
+    return left if interval is None else min(left, interval - (self.steps + self.ahead) % interval)
+
+  def note_compression(self) -> None:
+    """Notes one that was dispatched behind the steps ahead."""
+    self.compressions += 1
+    self.has_gaps = True
+    self.compressed_at = self.tokens_ahead
+
+  def forget_compression_ahead(self) -> None:
+    """Takes that back where the sequence has ended, or did not take all of its steps ahead."""
+    if self.compressed_at > self.tokens_seen or (self.finish_reason and self.compressed_at == self.tokens_seen):
+      self.compressions -= 1
+      self.compressed_at = -1
 
   def restart(self) -> None:
     """Goes back to the prompt; what was generated stays and is run again, not drawn again."""

@@ -214,8 +214,8 @@ def _note(found: Decoded, token: jax.Array, ok: jax.Array, logprobs: Logprobs) -
   def put(rows: jax.Array, row: jax.Array) -> jax.Array:
     return rows.at[at].set(row, mode="drop")
 
-  return Decoded(
-      found.counts + jnp.pad(ok, (0, slots - len(ok))), put(found.tokens, token), jax.tree.map(put, found.logprobs, logprobs))
+  counts = found.counts + jnp.pad(ok, (0, slots - len(ok)))
+  return Decoded(counts, put(found.tokens, token), jax.tree.map(put, found.logprobs, logprobs))
 
 
 @jax.tree_util.register_dataclass
@@ -400,6 +400,8 @@ class EvictRows:
     keep: i32 [B, R, 2].
     least: i32 [B]; None for none.
     mass: f32 [B]; None for none.
+    seen: i32 [B] tokens that each sequence has seen by now; one that has not, for it stopped or found no block, is
+      left alone. None for whatever they have seen.
   """
 
   slots: jax.Array
@@ -410,6 +412,7 @@ class EvictRows:
   keep: jax.Array
   least: jax.Array | None = None
   mass: jax.Array | None = None
+  seen: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "allocation"), donate_argnames="state")
@@ -417,12 +420,21 @@ def evict(
     state: CacheState, rows: EvictRows | Packed[EvictRows], *, rule: ScoringRule, allocation: Allocation,
     model: Llama | FlatModel | None = None,
 ) -> tuple[CacheState, Eviction]:
-  """`kvc_jax.eviction.step.evict`, jitted and donated; `model` for rules that need the output projection."""
+  """`kvc_jax.eviction.step.evict`, jitted and donated; `model` for rules that need the output projection.
+
+  `freed_blocks` is -1 of sequences that were left alone.
+  """
   output = None if model is None else output_projections(_whole(model))
   given = unpack(rows)
-  return evict_step(
-      state, given.slots, given.cache_tokens, given.window, given.sinks, given.first_query, given.keep, rule=rule,
+  slots = given.slots
+  if given.seen is not None:
+    there = state.num_tokens[jnp.minimum(slots, state.num_slots - 1)] == given.seen
+    slots = jnp.where(there, slots, state.num_slots)
+  state, eviction = evict_step(
+      state, slots, given.cache_tokens, given.window, given.sinks, given.first_query, given.keep, rule=rule,
       allocation=allocation, output=output, least=given.least, mass=given.mass)
+  freed = jnp.where(slots < state.num_slots, eviction.freed_blocks, -1)
+  return state, dataclasses.replace(eviction, freed_blocks=freed)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

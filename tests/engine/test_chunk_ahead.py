@@ -18,7 +18,7 @@ STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
 LONG = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 7
 PROMPTS = ("Once upon a time", "Tom had a big", "The sun was hot and", "Lily and Ben")
 CHUNK = 32
-OPTIONS = {"max_num_seqs": 4, "block_size": 4, "chunk_size": CHUNK, "max_model_len": 256,
+OPTIONS = {"max_num_seqs": 4, "block_size": 4, "chunk_size": CHUNK, "max_model_len": 256, "steps_per_sync": 4,
            "rules": (WindowAttention(), FullAttention(), RandomScore())}
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 WHILE_PREFILLING = Compression(max_cache_tokens=48, window=16, prefill_interval=20)
@@ -71,7 +71,8 @@ def _check_empty(engine):
 def alone(shared):
   """What each of REQUESTS gives when nothing is ever dispatched ahead."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(shared, "_prefill_ahead", lambda: None)
+    for name in ("_prefill_ahead", "_decode_ahead"):
+      patch.setattr(shared, name, lambda: None)
     expected = []
     for request in REQUESTS:
       shared.add(*request)
@@ -178,7 +179,7 @@ def test_nothing_goes_ahead_of_cached_prefixes():
 
 
 class _Client:
-  """Random operations, and how often each met a chunk ahead."""
+  """Random operations, and how often each met a chunk ahead, and decode steps ahead."""
 
   def __init__(self, engine, path):
     self.engine, self.path = engine, path
@@ -186,19 +187,23 @@ class _Client:
     self.met = collections.Counter()
     self.acts = {"add": self.add, "cancel": self.cancel, "give way": self.give_way, "save": self.save}
 
+  @property
+  def ahead(self):
+    return "chunk" if self.engine._chunks_ahead else "steps" if self.engine._decoded_ahead else "nothing"
+
   def step(self):
-    ahead = self.engine._chunks_ahead
+    ahead = self.ahead
     ended = {u.request_id: u.output for u in self.engine.step() if u.output}
     self.outputs.update(ended)
-    self.met["end"] += bool(ended) and ahead
+    self.met["end", ahead] += bool(ended)
 
   def act(self, rng):
     name = rng.choice([*self.acts, "step"], p=[0.14, 0.04, 0.06, 0.06, 0.7])
     if name == "step":
       self.step()
       return
-    ahead = self.engine._chunks_ahead > 0
-    self.met[name] += bool(self.acts[name](rng)) and ahead
+    ahead = self.ahead
+    self.met[name, ahead] += bool(self.acts[name](rng))
 
   def add(self, rng):
     if self.engine.stats().waiting < 4:
@@ -231,7 +236,7 @@ class _Client:
     return True
 
 
-def test_random_operations_with_a_chunk_ahead(engine, alone, tmp_path):
+def test_random_operations_with_work_ahead(engine, alone, tmp_path):
   """Texts and receipts are those of requests that were alone, and nothing leaks."""
   client, rng = _Client(engine, tmp_path / "saved"), np.random.default_rng(0)
   for number in range(900):
@@ -247,7 +252,8 @@ def test_random_operations_with_a_chunk_ahead(engine, alone, tmp_path):
   for request_id, output in client.outputs.items():
     assert _what(output) == alone[client.number[request_id]], REQUESTS[client.number[request_id]]
   assert len(client.outputs) > 60
-  assert all(client.met[name] > 3 for name in (*client.acts, "end")), client.met
+  acts = {"chunk": (*client.acts, "end"), "steps": client.acts}  # nothing goes ahead of an end that is known
+  assert all(client.met[name, ahead] > 0 for ahead, names in acts.items() for name in names), client.met
   _check_empty(engine)
 
 
