@@ -18,8 +18,8 @@ behind the first full batch. Rows name what was run (`prompts_run`, `seconds_run
 `ideal` is the time that the prompts' products take at the measured matrix rate, and the decode
 steps' roofline: bytes (the weights once for each step, each sequence's KVs once) at the measured read
 bandwidth, or products at the matrix rate where those take longer. Its steps have the largest batch that the
-pool has room for, next to the chunk of a prompt that is about to be compressed. Nothing overlaps in it and
-nothing else takes time.
+pool has room for, next to the chunk of a prompt that is about to be compressed (`ideal_batch`), or the largest
+that was reached. Nothing overlaps in it and nothing else takes time.
 
 `of_sustained` is over the ideal of a matrix rate that the machine keeps up for seconds (power limits), not only for
 the best moment: a run of a minute can have no other.
@@ -236,6 +236,7 @@ class Point:
     served = _Served(engine, self.compression, args, self.arrivals)
     served.serve(prompts)
     stats = engine.stats()
+    self.batch = max(self.batch, served.largest_batch)
     assert stats.generated_tokens == served.prompts * args.output, "a request ended early: the ideal would flatter"
     engine.close()
     row = {
@@ -427,6 +428,7 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   axes.set_ylabel("tokens per second, in and out")
   axes.set_ylim(bottom=0)
   axes.legend()
+  path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)
 
 
