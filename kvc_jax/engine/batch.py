@@ -185,7 +185,8 @@ class Batch:
         for given in (row, beside):
           found, observation = self._mixed(
               compression, self._chunk(tokens, slot, 0, None), given, observation, most_prefix)
-      steps.follow(row, found.decoded, asked)
+      for behind in (rows, row):  # what follows a chunk is a loop, or another chunk
+        steps.follow(behind, found.decoded, asked)
     if compression is not None and compression.scoring.observed in ("last", "moments"):
       for in_order in (True, False):
         self._score(observation, slot, compression.scoring, in_order=in_order)

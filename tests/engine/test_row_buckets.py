@@ -9,12 +9,14 @@ import pytest
 from kvc_jax import Compression, Engine, SamplingParams
 from kvc_jax.engine import batch as engine_batch
 from kvc_jax.engine.batch import row_buckets
+from kvc_jax.engine.sequence import Sequence
 
 STORIES = pathlib.Path(__file__).parents[2] / "assets" / "stories260K"
 PROMPTS = ("Once upon a time", "Tom had a big", "The sun was hot and", "Lily and Ben")
+AS_IT_GOES = Compression(rate=2, window=8, interval=10)
 REQUESTS = [
     (PROMPTS[i % 4], SamplingParams(temperature=i % 3 / 2, seed=i, max_tokens=6 + 5 * i, ignore_eos=True),
-     Compression(rate=2, window=8, interval=10) if i % 2 else None)
+     AS_IT_GOES if i % 2 else None)
     for i in range(8)]
 
 
@@ -24,13 +26,15 @@ def test_buckets_double_from_where_rows_cost_time(slots, buckets):
   assert row_buckets(slots) == buckets
 
 
-def _engine(monkeypatch, fewest):
-  monkeypatch.setattr(engine_batch, "_FEWEST_ROWS", fewest)
-  return Engine(STORIES, max_num_seqs=8, block_size=4, chunk_size=32, max_model_len=256, steps_per_sync=4)
+@pytest.fixture(scope="module")
+def engine():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(engine_batch, "_FEWEST_ROWS", 2)
+    return Engine(STORIES, max_num_seqs=8, block_size=4, chunk_size=32, max_model_len=256, steps_per_sync=4)
 
 
-def _serve(engine, requests):
-  """Each request's text and receipt, and the rows of all calls with the sequences that ran."""
+def _serve(engine):
+  """What came of REQUESTS, and the rows of all calls with the sequences that ran."""
   outputs, rows = {}, []
   bucket = engine.batch._bucket
 
@@ -38,19 +42,18 @@ def _serve(engine, requests):
     rows.append((bucket(sequences), len(engine._scheduler.running)))
     return bucket(sequences)
 
-  engine.batch._bucket = noted
-  ids = [engine.add(*request) for request in requests]
-  while engine.has_work:
-    outputs |= {u.request_id: u.output for u in engine.step() if u.output}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(engine.batch, "_bucket", noted)
+    ids = [engine.add(*request) for request in REQUESTS]
+    while engine.has_work:
+      outputs |= {u.request_id: u.output for u in engine.step() if u.output}
   found = [outputs[i] for i in ids]
   return [(o.token_ids, o.text, o.receipt.kvs_kept.tolist(), o.receipt.compressions) for o in found], rows
 
 
-def test_texts_do_not_depend_on_rows_and_nothing_compiles_behind_warm_up(monkeypatch):
-  expected, rows = _serve(_engine(monkeypatch, 64), REQUESTS)
-  assert {bucket for bucket, _ in rows} == {8}
-  engine = _engine(monkeypatch, 2)
-  engine.warm_up()
+def test_texts_do_not_depend_on_rows_and_nothing_compiles_behind_warm_up(engine, monkeypatch):
+  assert engine.batch._buckets == (2, 4, 8)
+  engine.warm_up(kinds=[None, AS_IT_GOES])
   compiled = []
 
   def on_event(name, seconds, **_):
@@ -58,38 +61,60 @@ def test_texts_do_not_depend_on_rows_and_nothing_compiles_behind_warm_up(monkeyp
       compiled.append(name)
 
   jax.monitoring.register_event_duration_secs_listener(on_event)
-  found, rows = _serve(engine, REQUESTS)
+  found, rows = _serve(engine)
   jax.monitoring.unregister_event_duration_listener(on_event)
-  assert found == expected
   assert compiled == []
   assert {bucket for bucket, _ in rows} == {2, 4, 8}
-  assert all(bucket >= running // 2 for bucket, running in rows)
+  monkeypatch.setattr(engine.batch, "_buckets", (8,))
+  expected, rows = _serve(engine)
+  assert {bucket for bucket, _ in rows} == {8}
+  assert found == expected
 
 
-def test_the_first_slots_are_used_first(monkeypatch):
+def test_the_first_slots_are_used_first(engine):
   """Else a few sequences in late slots would need all rows."""
-  batch = _engine(monkeypatch, 2).batch
-  sequences = [type("Sequence", (), {"slot": -1})() for _ in range(5)]
+  sequences = [Sequence(request_id=i, prompt=[], params=REQUESTS[0][1], compression=None, output=None)
+               for i in range(5)]
   for sequence in sequences:
-    batch.take_slot(sequence)
+    engine.batch.take_slot(sequence)
   assert [s.slot for s in sequences] == [0, 1, 2, 3, 4]
   for at in (3, 1):
-    batch.release(sequences[at])
-  batch.take_slot(sequences[3])
+    engine.batch.release(sequences[at])
+  engine.batch.take_slot(sequences[3])
   assert sequences[3].slot == 1
-  assert batch._bucket(sequences[:1] + sequences[3:4]) == 2
-  assert batch._bucket(sequences) == 8
-  assert batch._bucket([]) == 2
+  assert engine.batch._bucket([sequences[0], sequences[3]]) == 2
+  assert engine.batch._bucket(sequences) == 8
+  assert engine.batch._bucket([]) == 2
+  engine.reset()
 
 
-def test_one_eviction_call_takes_many():
-  engine = Engine(STORIES, max_num_seqs=8, block_size=4, chunk_size=32, max_model_len=64)
+def test_one_eviction_call_takes_many(engine):
   for _ in range(8):
     engine.add(PROMPTS[0], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),
                Compression(max_cache_tokens=8, window=4, interval=100))
-  while any(s.tokens_seen < 20 for s in engine._scheduler.running) or engine.stats().running < 8:
+  while engine.stats().running < 8 or any(s.tokens_seen < 20 for s in engine._scheduler.running):
     engine.step()
   engine._collect()
   ((sequences, freed),) = engine.batch.compress(list(engine._scheduler.running))
   assert len(sequences) == 8
   assert (np.asarray(freed) > 0).all()
+  engine.reset()
+
+
+def test_an_eviction_leaves_alone_who_has_not_seen_its_tokens(engine):
+  """Such as one that stopped before the steps that it was to take."""
+  engine.add(PROMPTS[0], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),
+             Compression(max_cache_tokens=8, window=4, interval=100))
+  while not engine._scheduler.running or engine._scheduler.running[0].tokens_seen < 20:
+    engine.step()
+  engine._collect()
+  (sequence,) = engine._scheduler.running
+  lengths = np.asarray(engine.batch.state.lengths)
+  sequence.ahead += 1
+  ((_, freed),) = engine.batch.compress([sequence])
+  assert np.asarray(freed).tolist() == [-1] * 8
+  assert (np.asarray(engine.batch.state.lengths) == lengths).all()
+  sequence.ahead -= 1
+  ((_, freed),) = engine.batch.compress([sequence])
+  assert freed[0] > 0
+  engine.reset()
