@@ -240,11 +240,12 @@ def _sampling(rows: int) -> SamplingArrays:
 
 
 def _rows(most: int) -> Any:
-  """As the engine gives them: in one array."""
+  """As the engine gives them: in one array, and fewer than there are slots."""
+  rows = _SEQS // 2
 
   def build() -> Packed[steps.DecodeRows]:
-    ids, given, stop_ids = (jnp.zeros((_SEQS, *more), jnp.int32) for more in ((), (most,), (16,)))
-    return Packed.of(steps.DecodeRows(ids, ids, given, stop_ids, _sampling(_SEQS), jnp.zeros(_SEQS, bool)))
+    ids, given, stop_ids = (jnp.zeros((rows, *more), jnp.int32) for more in ((), (most,), (16,)))
+    return Packed.of(steps.DecodeRows(ids, ids, given, stop_ids, _sampling(rows), jnp.zeros(rows, bool)))
 
   return jax.eval_shape(build)
 
@@ -278,7 +279,7 @@ def _evict_step() -> Program:
 
   def rows() -> Packed[steps.EvictRows]:
     row, keep = jnp.zeros(_SEQS, jnp.int32), jnp.zeros((_SEQS, MOST_KEPT_RANGES, 2), jnp.int32)
-    return Packed.of(steps.EvictRows(row, row, row, row, row, keep, row))
+    return Packed.of(steps.EvictRows(row, row, row, row, row, keep, row, seen=row))
 
   static = {"rule": WindowAttention(), "allocation": "all"}
   return Program(steps.evict, (_state(), jax.eval_shape(rows)), (0,), static)
@@ -296,5 +297,5 @@ _STEPS: dict[str, tuple[str, Callable[[], Program]]] = {
     "evict": ("compact_kv", _evict_step),
 }
 """Steps of the engine, with the op whose kernel must be found in them."""
-_FOR_ONE = {name: (9, 0) for name in _STEPS if name.startswith("mixed_step")}
+_FOR_ONE = {name: (9, 0) for name in _STEPS if name.startswith(("mixed_step", "decode_loop"))}
 """Steps that are compiled for one capability alone: what they are for is the same on all, and they take long."""
