@@ -115,7 +115,7 @@ class Batch:
       count: tokens.
       riders: sequences that decode; each has no `decode_rule`, or the `ride_rule` of `sequence`, and shares no
         blocks where it has one.
-      before: the newest call that those riders are in that have steps `ahead`.
+      before: the call that riders with steps `ahead` go on from.
     """
     assert not any(s.shares and s.compression for s in riders), "a sequence that scores shares blocks"
     if sequence.observation is None:

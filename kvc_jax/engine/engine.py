@@ -465,6 +465,8 @@ class Engine:
   def _collect(self) -> None:
     """Waits for all that was dispatched and notes what came of it."""
     self._land()
+    # Receipts tell of the time of the last token, in front of what went ahead.
+    self._let_go([s for s in self._scheduler.running if s.finish_reason], self._lengths)
     self._seal()
     self._land()
     self._decoded_ahead = False
@@ -578,6 +580,8 @@ class Engine:
     running = self._scheduler.running
     if self._drop_prefixes():
       return
+    if self._scheduler.free_blocks >= len(running) * self.config.heads_per_sequence:
+      return  # whoever ended in front of steps ahead has given some back behind them
     alone = len(running) == 1
     # Alone a sequence meets a full pool at the same token whatever else was served.
     shrinkable = [
@@ -804,13 +808,13 @@ class Engine:
              and not (s.is_due and s.positions)]  # its receipt names positions of the time of its last token
     if len({decode_rule(s.compression) for s in ready} - {None}) > 1:
       return
-    # No more than two calls are ahead of whoever comes; whoever may start counts on no more than a block of each head.
-    longest = self.batch.steps_per_sync // 2
-    longest = min(longest, self.config.block_size) if waiting else longest
+    longest = self.batch.steps_per_sync // 2  # whoever comes waits for this call and for the one before
+    if waiting or self._scheduler.prefilling:  # who counts on others taking no more than a block for each head
+      longest = min(longest, self.config.block_size)
     left = [min(s.steps_behind_compression(self.max_model_len), longest) for s in ready]
     most = worthwhile_steps(left)
     idle = len(running) - len(ready)
-    if not most or idle * most > SYNC_STEPS * len(ready):
+    if not most or idle * most > SYNC_STEPS * len(ready):  # steps that some miss, and that all would while they wait
       return
     if due := [s for s in ready if s.is_due]:
       self._compress(due)

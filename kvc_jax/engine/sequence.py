@@ -85,6 +85,7 @@ class Sequence:
   snapshot: SequenceSnapshot | None = None
   finish_reason: FinishReason | None = None
   receipt: CompressionReceipt | None = None
+  _compressed_before: int = -1  # `compressed_at` of the compression before
   _text_of: int = 0  # token_ids whose text was decoded
   _given: int = 0  # token_ids that updates have brought
   _piece: str = ""  # text that no update has brought yet
@@ -132,13 +133,13 @@ class Sequence:
     """Notes one that was dispatched behind the steps ahead."""
     self.compressions += 1
     self.has_gaps = True
-    self.compressed_at = self.tokens_ahead
+    self._compressed_before, self.compressed_at = self.compressed_at, self.tokens_ahead
 
   def forget_compression_ahead(self) -> None:
     """Takes that back where the sequence has ended, or did not take all of its steps ahead."""
     if self.compressed_at > self.tokens_seen or (self.finish_reason and self.compressed_at == self.tokens_seen):
       self.compressions -= 1
-      self.compressed_at = -1
+      self.compressed_at = self._compressed_before
 
   def restart(self) -> None:
     """Goes back to the prompt; what was generated stays and is run again, not drawn again."""

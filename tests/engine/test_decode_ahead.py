@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import pathlib
 
 import pytest
@@ -41,7 +42,7 @@ def _serve(engine):
 def _what(output):
   receipt = output.receipt
   return (output.token_ids, output.text, output.finish_reason, output.logprobs, receipt.kvs_kept.tolist(),
-          receipt.compressions, receipt.tokens_seen)
+          receipt.compressions, receipt.freed_blocks, receipt.tokens_seen)
 
 
 def _without(engine, requests):
@@ -141,7 +142,7 @@ def test_who_ends_where_a_compression_is_due_was_not_compressed(engine, events):
 
 
 def test_few_that_sit_out_do_not_keep_many_from_going_on(engine, monkeypatch):
-  """Nobody sits out of more than one call."""
+  """Nobody sits out of call after call: who was at rest when one went ahead joins the next."""
   monkeypatch.setattr("kvc_jax.engine.engine.SYNC_STEPS", 100.0)  # four are never many
   requests = [(prompt, dataclasses.replace(GREEDY, max_tokens=12 + 5 * i), AS_IT_GOES if i % 2 else None)
               for i, prompt in enumerate(PROMPTS * 2)]
@@ -215,3 +216,64 @@ def test_a_cancelled_request_leaves_nothing_behind(engine):
   assert engine.cancel(numbers[0])
   assert not engine._decoded_ahead
   assert [_what(output) for output in _serve(engine)] == expected
+
+
+def test_cancelling_another_leaves_the_receipt_of_who_stopped_at_a_boundary(engine):
+  """Both calls are read at once then, the compression between them too."""
+  ((tokens, *_),) = _without(engine, [(PROMPTS[0], GREEDY, AS_IT_GOES)])
+  at = next(n for n in (10, 20) if tokens[n] not in tokens[:n])
+  request = (PROMPTS[0], dataclasses.replace(GREEDY, stop_token_ids=(tokens[at],)), AS_IT_GOES)
+  (expected,) = _without(engine, [request])
+  met = 0
+  for steps in range(2, 12):
+    other = engine.add(PROMPTS[1], GREEDY)
+    mine = engine.add(*request)
+    outputs = {}
+    for number in itertools.count(1):
+      if not engine.has_work:
+        break
+      outputs |= {u.request_id: u.output for u in engine.step() if u.output}
+      if number == steps:
+        met += any(s.request_id == mine and s.ahead and s.compressed_at > s.tokens_seen
+                   for s in engine._scheduler.running)
+        engine.cancel(other)
+    assert _what(outputs[mine]) == expected
+  assert met
+
+
+@pytest.fixture(scope="module")
+def tight():
+  """One request of 60 tokens needs 321 of the blocks."""
+  return Engine(STORIES, num_blocks=341, **OPTIONS | {"steps_per_sync": 8})
+
+
+@pytest.mark.parametrize("at", [17, 26, 30])
+def test_who_finds_no_block_behind_somebody_that_stopped_goes_on(tight, at):
+  """The blocks of who stopped come back behind the steps ahead."""
+  tight.reset()
+  longer = dataclasses.replace(GREEDY, max_tokens=60)
+  ((tokens, *_),) = _without(tight, [(PROMPTS[1], longer)])
+  requests = [(PROMPTS[0], longer), (PROMPTS[1], dataclasses.replace(longer, stop_token_ids=(tokens[at],)))]
+  expected = _without(tight, requests)
+  assert expected[0][2] == "length"
+  for request in requests:
+    tight.add(*request)
+  assert list(map(_what, _serve(tight))) == expected
+
+
+def test_a_pool_that_fills_at_a_boundary_keeps_nobody_for_good(tight):
+  """The steps from one compression to the next are one call, which may get no block at its first."""
+  tight.reset()
+  params = dataclasses.replace(GREEDY, max_tokens=50)
+  requests = [(prompt, params, Compression(rate=1.1, window=8, interval=interval))
+              for prompt, interval in zip(PROMPTS, (4, 8, 4, 8), strict=True)]
+  expected = _without(tight, requests)
+  for request in requests:
+    tight.add(*request)
+  outputs, before = {}, tight.stats().preemptions
+  for _ in range(600):
+    outputs |= {u.request_id: u.output for u in tight.step() if u.output}
+  assert not tight.has_work
+  assert tight.stats().preemptions > before
+  found = [_what(outputs[i]) for i in sorted(outputs)]
+  assert found == expected

@@ -34,12 +34,12 @@ def engine():
 
 
 def _serve(engine):
-  """What came of REQUESTS, and the rows of all calls with the sequences that ran."""
+  """What came of REQUESTS, and for each call its rows, and those that its sequences need."""
   outputs, rows = {}, []
   bucket = engine.batch._bucket
 
   def noted(sequences):
-    rows.append((bucket(sequences), len(engine._scheduler.running)))
+    rows.append((bucket(sequences), max((s.slot + 1 for s in sequences), default=0)))
     return bucket(sequences)
 
   with pytest.MonkeyPatch.context() as patch:
@@ -65,6 +65,7 @@ def test_texts_do_not_depend_on_rows_and_nothing_compiles_behind_warm_up(engine,
   jax.monitoring.unregister_event_duration_listener(on_event)
   assert compiled == []
   assert {bucket for bucket, _ in rows} == {2, 4, 8}
+  assert all(bucket == next(b for b in (2, 4, 8) if b >= needed) for bucket, needed in rows)
   monkeypatch.setattr(engine.batch, "_buckets", (8,))
   expected, rows = _serve(engine)
   assert {bucket for bucket, _ in rows} == {8}
