@@ -465,8 +465,9 @@ class Engine:
   def _collect(self) -> None:
     """Waits for all that was dispatched and notes what came of it."""
     self._land()
-    # Receipts tell of the time of the last token, in front of what went ahead.
-    self._let_go([s for s in self._scheduler.running if s.finish_reason], self._lengths)
+    # Receipts tell of the time of the last token, in front of decode steps and compressions that went ahead.
+    ended = [s for s in self._scheduler.running if s.finish_reason and s.prefilled == len(s.prompt)]
+    self._let_go(ended, self._lengths)
     self._seal()
     self._land()
     self._decoded_ahead = False

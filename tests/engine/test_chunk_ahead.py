@@ -220,7 +220,16 @@ class _Client:
     if len(self.engine._scheduler.running) < 2:
       return False
     before, self.engine._stalled = self.engine.stats().preemptions, True
-    self.step()
+    make_room = self.engine._make_room
+
+    def nothing_is_free():
+      self.engine._scheduler.free_blocks, free = 0, self.engine._scheduler.free_blocks
+      make_room()
+      self.engine._scheduler.free_blocks += free
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(self.engine, "_make_room", nothing_is_free)
+      self.step()
     return self.engine.stats().preemptions > before
 
   def save(self, rng):
