@@ -85,3 +85,17 @@ def compiled_cheaply(request):
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", cheap)
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(cheap))
+
+
+@pytest.fixture
+def compiled():
+  """Grows by an entry for every program that JAX compiles."""
+  found = []
+
+  def on_event(name, seconds, **_):
+    if name == "/jax/core/compile/backend_compile_duration":
+      found.append(name)
+
+  jax.monitoring.register_event_duration_secs_listener(on_event)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(on_event)

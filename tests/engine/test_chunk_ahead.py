@@ -9,6 +9,7 @@ import weakref
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_outputs import what
 
 from kvc_jax import Compression, Engine, FullAttention, InputError, RandomScore, SamplingParams, WindowAttention
 from kvc_jax.cache.state import check_invariants
@@ -54,12 +55,6 @@ def _updates(engine):
     yield from engine.step()
 
 
-def _what(output):
-  receipt = output.receipt
-  return (output.token_ids, output.text, output.finish_reason, output.logprobs, receipt.kvs_kept.tolist(),
-          receipt.compressions, receipt.freed_blocks, receipt.tokens_seen, receipt.blocks_held)
-
-
 def _check_empty(engine):
   assert engine.batch.free_blocks == engine.stats().free_blocks == engine.config.num_blocks - 1
   assert engine.stats().running == engine.stats().waiting == 0
@@ -77,7 +72,7 @@ def alone(shared):
     for request in REQUESTS:
       shared.add(*request)
       (output,) = _serve(shared).values()
-      expected.append(_what(output))
+      expected.append(what(output))
   return expected
 
 
@@ -259,7 +254,7 @@ def test_random_operations_with_work_ahead(engine, alone, tmp_path):
   while engine.has_work:
     client.step()
   for request_id, output in client.outputs.items():
-    assert _what(output) == alone[client.number[request_id]], REQUESTS[client.number[request_id]]
+    assert what(output) == alone[client.number[request_id]], REQUESTS[client.number[request_id]]
   assert len(client.outputs) > 60
   acts = {"chunk": (*client.acts, "end"), "steps": client.acts}  # nothing goes ahead of an end that is known
   assert all(client.met[name, ahead] > 0 for ahead, names in acts.items() for name in names), client.met
@@ -275,14 +270,14 @@ def test_prompts_of_other_kinds_in_turn(engine):
   expected = []
   for request in requests:
     engine.add(*request)
-    expected += map(_what, _serve(engine).values())
+    expected += map(what, _serve(engine).values())
   engine.add(*requests[0])
   while not any(s.decodes for s in engine._scheduler.running):
     engine.step()
   for request in requests[1:]:
     engine.add(*request)
   outputs = _serve(engine)
-  assert [_what(outputs[key]) for key in sorted(outputs)] == expected
+  assert [what(outputs[key]) for key in sorted(outputs)] == expected
 
 
 def test_a_request_that_ended_is_forgotten(engine):
@@ -333,7 +328,7 @@ def test_a_chunk_that_found_no_blocks_ends_its_request_alone(engine, alone, monk
   assert outputs[victim].finish_reason == "cache_full"
   assert outputs[victim].token_ids == []
   assert outputs[victim].receipt.tokens_seen == 4 * CHUNK == outputs[victim].receipt.kvs_kept.max()
-  assert _what(outputs[neighbour]) == alone[3]
+  assert what(outputs[neighbour]) == alone[3]
   _check_empty(engine)
 
 

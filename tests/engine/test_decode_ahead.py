@@ -6,6 +6,7 @@ import itertools
 import pathlib
 
 import pytest
+from engine_outputs import what
 
 from kvc_jax import Compression, Engine, SamplingParams, WindowAttention
 from kvc_jax.cache.state import check_invariants
@@ -39,12 +40,6 @@ def _serve(engine):
   return [outputs[i] for i in sorted(outputs)]
 
 
-def _what(output):
-  receipt = output.receipt
-  return (output.token_ids, output.text, output.finish_reason, output.logprobs, receipt.kvs_kept.tolist(),
-          receipt.compressions, receipt.freed_blocks, receipt.tokens_seen)
-
-
 def _without(engine, requests):
   """What each request gives alone, with nothing dispatched ahead."""
   found = []
@@ -53,7 +48,7 @@ def _without(engine, requests):
       patch.setattr(engine, name, lambda: None)
     for request in requests:
       engine.add(*request)
-      found += map(_what, _serve(engine))
+      found += map(what, _serve(engine))
   return found
 
 
@@ -106,7 +101,7 @@ def test_a_chunk_goes_behind_the_steps_ahead_with_a_step_of_its_own(engine, even
   assert "decode" not in events
   assert engine._newest is not before
   assert engine._newest.sequences == before.sequences
-  assert [_what(output) for output in _serve(engine)] == expected
+  assert [what(output) for output in _serve(engine)] == expected
 
 
 def test_nothing_goes_ahead_of_the_last_end(engine):
@@ -124,7 +119,7 @@ def test_compressions_that_are_due_go_ahead(engine, events):
   expected = _without(engine, [request])
   events.clear()
   engine.add(*request)
-  assert list(map(_what, _serve(engine))) == expected
+  assert list(map(what, _serve(engine))) == expected
   assert " ".join(events).count("usage compress usage decode land") >= 2  # behind a flight, before it is read
   assert engine.stats().compressions == 2 * expected[0][5]  # alone, and now
 
@@ -137,7 +132,7 @@ def test_who_ends_where_a_compression_is_due_was_not_compressed(engine, events):
   expected = _without(engine, requests)
   events.clear()
   engine.add(*requests[0])
-  assert list(map(_what, _serve(engine))) == expected
+  assert list(map(what, _serve(engine))) == expected
   assert "usage compress usage decode land" in " ".join(events)
 
 
@@ -158,7 +153,7 @@ def test_few_that_sit_out_do_not_keep_many_from_going_on(engine, monkeypatch):
         goes = sequence in engine._newest.sequences
         rested[sequence.order] = 0 if goes else rested[sequence.order] + 1
         assert rested[sequence.order] <= 2 or not sequence.decodes
-  assert [_what(outputs[i]) for i in sorted(outputs)] == expected
+  assert [what(outputs[i]) for i in sorted(outputs)] == expected
 
 
 def test_who_can_be_compressed_for_others_rests_while_others_wait(engine):
@@ -201,7 +196,7 @@ def test_who_ends_in_the_middle_takes_nothing_from_what_goes_ahead(engine, param
   expected = _without(engine, requests)
   for request in requests:
     engine.add(*request)
-  found = [_what(output) for output in _serve(engine)]
+  found = [what(output) for output in _serve(engine)]
   if "stop" in params:  # what the host sees late costs steps, and how many depends on what else is served
     found[0], expected[0] = found[0][:4], expected[0][:4]
   assert found == expected
@@ -215,7 +210,7 @@ def test_a_cancelled_request_leaves_nothing_behind(engine):
   _until_it_decodes(engine)
   assert engine.cancel(numbers[0])
   assert not engine._decoded_ahead
-  assert [_what(output) for output in _serve(engine)] == expected
+  assert [what(output) for output in _serve(engine)] == expected
 
 
 def test_cancelling_another_leaves_the_receipt_of_who_stopped_at_a_boundary(engine):
@@ -237,7 +232,7 @@ def test_cancelling_another_leaves_the_receipt_of_who_stopped_at_a_boundary(engi
         met += any(s.request_id == mine and s.ahead and s.compressed_at > s.tokens_seen
                    for s in engine._scheduler.running)
         engine.cancel(other)
-    assert _what(outputs[mine]) == expected
+    assert what(outputs[mine]) == expected
   assert met
 
 
@@ -258,7 +253,7 @@ def test_who_finds_no_block_behind_somebody_that_stopped_goes_on(tight, at):
   assert expected[0][2] == "length"
   for request in requests:
     tight.add(*request)
-  assert list(map(_what, _serve(tight))) == expected
+  assert list(map(what, _serve(tight))) == expected
 
 
 def test_a_pool_that_fills_at_a_boundary_keeps_nobody_for_good(tight):
@@ -275,5 +270,5 @@ def test_a_pool_that_fills_at_a_boundary_keeps_nobody_for_good(tight):
     outputs |= {u.request_id: u.output for u in tight.step() if u.output}
   assert not tight.has_work
   assert tight.stats().preemptions > before
-  found = [_what(outputs[i]) for i in sorted(outputs)]
+  found = [what(outputs[i]) for i in sorted(outputs)]
   assert found == expected

@@ -37,20 +37,6 @@ def _serve(engine):
   return outputs
 
 
-@pytest.fixture
-def compiled():
-  """Grows by an entry for every program that JAX compiles."""
-  found = []
-
-  def on_event(name, seconds, **_):
-    if name == "/jax/core/compile/backend_compile_duration":
-      found.append(name)
-
-  jax.monitoring.register_event_duration_secs_listener(on_event)
-  yield found
-  jax.monitoring.unregister_event_duration_listener(on_event)
-
-
 def test_kinds_are_all_that_is_compiled_and_enough(compiled, caplog):
   """Compressed once, by a share of the scores, and not at all; no steps that keep scores."""
   kinds = [None, Compression(rate=3, scoring=RULES[0]), Compression(mass=0.5, scoring=RULES[0])]
