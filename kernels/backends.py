@@ -241,6 +241,11 @@ def num_cores() -> int:
   return getattr(_device(), "core_count", 132)
 
 
+def device_kind() -> str:
+  """Name of the device that jit compiles for, such as "NVIDIA H100 80GB HBM3"."""
+  return str(getattr(_device(), "device_kind", ""))
+
+
 def shape_of(kv: jax.Array, group: int, query_dtype: jax.typing.DTypeLike | None = None) -> Shape:
   """The `Shape` of a pool [N, 2, P, D] and G."""
   _, _, block_size, head_dim = kv.shape

@@ -62,7 +62,8 @@ _SHARED_BYTES = 227 * 1024
 def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config:
   """The measured choice for a pool [N, 2, P, D] and `columns` query rows of a tile, padded.
 
-  Two CTAs share a multiprocessor where registers and at least two stages let them.
+  Two CTAs share a multiprocessor where registers and at least two stages let them. More
+  stages than keep memory busy make its queues longer, and multiprocessors less equal.
   """
   _, _, _, head_dim = kv.shape
   cores, tile, itemsize = backends.num_cores(), 64, kv.dtype.itemsize
@@ -72,7 +73,13 @@ def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config
     stages = (_SHARED_BYTES // ctas - (ctas - 1) * 1024 - fixed) // stage
     if stages >= 2:
       break
-  return Config(tile=tile, stages=min(stages, 6), ctas=ctas * cores)
+  wanted = max(2, _bytes_in_flight() // (ctas * stage))
+  return Config(tile=tile, stages=min(stages, wanted), ctas=ctas * cores)
+
+
+def _bytes_in_flight():
+  """On each multiprocessor. An H200's memory is 1.4 times as fast as an H100's, where less measured best."""
+  return (192 if "H200" in backends.device_kind() else 140) * 1024
 
 
 def paged_decode(
@@ -91,7 +98,7 @@ def paged_decode(
     interpret: bool = False,
 ) -> tuple[jax.Array, Observed | None]:
   """See `paged_decode.paged_decode`; `interpret` runs on the CPU, for tests."""
-  columns = _columns(q.shape[1] // tables.shape[2], observed is not None)
+  columns = query_columns(q.shape[1] // tables.shape[2], observed is not None)
   config = config or default_config(kv, columns)
   plan = triton.Plan.of(q, kv, tables, config, observed, scale, power, buffer, every)
   packed = stream_k.schedule(lengths, tile=config.tile, ctas=config.ctas)
@@ -103,13 +110,13 @@ def paged_decode(
   return out.reshape(q.shape), observed
 
 
-def _columns(group, observes) -> int:
+def query_columns(group: int, observes: bool) -> int:
   """Query rows of a tile: the group, then the observed group, padded to the tensor core's columns."""
   return pl.next_power_of_2(max(8, group * (2 if observes else 1)))
 
 
 def _width(plan) -> int:
-  return _columns(plan.group, plan.observes)
+  return query_columns(plan.group, plan.observes)
 
 
 def _tiled(shape, dtype):
@@ -352,15 +359,26 @@ def _consume(cta):
       plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
     plgpu.commit_smem()
     top = plgpu.layout_cast(jnp.full((heads,), -jnp.inf, jnp.float32), _BY_HEAD)
+    found = (plgpu.layout_cast(jnp.zeros((head_dim, heads), jnp.float32), _MATRIX),
+             top if behind is None else behind.log_sums(top),
+             plgpu.layout_cast(jnp.zeros((heads,), jnp.float32), _BY_HEAD))
+    if cta.partial_done is not None:
+      # Those that share the pair's first tiles did them first. Where they are surely done, what they found is
+      # fetched now, behind copies that are on their way, and not at the end, when nothing else is.
+      first, stop = sharers
+      done = jnp.where((begin > 0) & (2 * ring >= begin), stop - 1, first)
+      found = _merge_others(cta, pair, first, done, found)
+      sharers = done, stop
+    acc, top, total = found
+    row = plgpu.broadcasted_iota(jnp.int32, (tile_size, heads), 0, layout=_MATRIX)
     acc, top, total = lax.fori_loop(
-        begin, end, functools.partial(_attend_tile, cta, table_row, ring, length, behind), (
-            plgpu.layout_cast(jnp.zeros((head_dim, heads), jnp.float32), _MATRIX),
-            top if behind is None else behind.log_sums(top),
-            plgpu.layout_cast(jnp.zeros((tile_size, heads), jnp.float32), _MATRIX)))
+        begin, end, functools.partial(_attend_tile, cta, table_row, ring, length, behind),
+        (acc, top, jnp.where(row == 0, _over(total, tile_size), 0.0)))
+    found = acc, top, jnp.sum(total, axis=0)
     if cta.partial_done is None:
-      _store_partial(cta, pair, acc, top, jnp.sum(total, axis=0))
+      _store_partial(cta, pair, *found)
     else:
-      _finish(cta, pair, sharers, table_row, q_slot, acc, top, jnp.sum(total, axis=0))
+      _finish(cta, pair, sharers, table_row, q_slot, found)
       plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
 
   cta.for_each_pair(visit)
@@ -444,14 +462,15 @@ def _store_partial(cta, pair, acc, top, total):
     plgpu.commit_smem()
 
 
-def _finish(cta, pair, sharers, table_row, q_slot, acc, top, total):
-  """Merges what the CTAs of a pair found, in the last of them; the others leave theirs to it."""
+def _finish(cta, pair, sharers, table_row, q_slot, found):
+  """Merges what the CTAs [first, stop) of a pair found, in the last of them; the others leave theirs to it."""
   refs, head_dim = cta.refs, cta.plan.head_dim
   first, stop = sharers
 
   @pl.when(cta.index < stop - 1)
   def _():
     slot = cta.index + pair
+    acc, top, total = found
     refs["out"].at[pl.ds(slot * head_dim, head_dim)][...] = acc
     refs["top"].at[slot][...] = top
     refs["sum"].at[slot][...] = total
@@ -460,24 +479,38 @@ def _finish(cta, pair, sharers, table_row, q_slot, acc, top, total):
 
   @pl.when(cta.index == stop - 1)
   def _():
-    pl.when(stop - first > 1)(lambda: plgpu.semaphore_wait(
-        cta.partial_done.at[pair], stop - 1 - first, memory_scope="gpu"))
+    acc, top, total = _merge_others(cta, pair, first, stop - 1, found)
+    _store_merged(cta, pair, acc * _over(1.0 / total, head_dim))
+    if cta.plan.observes:
+      _store_observed(cta, table_row, q_slot, (top + jnp.log2(total)) / _LOG2E)
 
-    def body(other, carry):
-      acc, top, total = carry
-      slot = other + pair
-      other_top = plgpu.load(refs["top"].at[slot], layout=_BY_HEAD, optimized=False)
-      other_total = plgpu.load(refs["sum"].at[slot], layout=_BY_HEAD, optimized=False)
-      other_acc = plgpu.load(refs["out"].at[pl.ds(slot * head_dim, head_dim)], layout=_MATRIX, optimized=False)
+
+def _merge_others(cta, pair, first, stop, found):
+  """Waits for what CTAs [first, stop) found, and merges it with `found`: acc f32 [D, heads], top and total [heads]."""
+  refs, head_dim = cta.refs, cta.plan.head_dim
+  pl.when(stop > first)(lambda: plgpu.semaphore_wait(cta.partial_done.at[pair], stop - first, memory_scope="gpu"))
+
+  def load(other):
+    slot = jnp.minimum(other, stop - 1) + pair
+    other_top = plgpu.load(refs["top"].at[slot], layout=_BY_HEAD, optimized=False)
+    other_total = plgpu.load(refs["sum"].at[slot], layout=_BY_HEAD, optimized=False)
+    other_acc = plgpu.load(refs["out"].at[pl.ds(slot * head_dim, head_dim)], layout=_MATRIX, optimized=False)
+    weightless = plgpu.layout_cast(
+        lax.broadcast(jnp.where(other < stop, 0.0, -jnp.inf), other_top.shape), _BY_HEAD)
+    return other_acc, other_top + weightless, other_total
+
+  at_once = max(1, 16 // found[1].shape[0])  # whose loads do not wait for one another, as registers allow
+
+  def body(step, carry):
+    acc, top, total = carry
+    for other_acc, other_top, other_total in [load(first + step * at_once + i) for i in range(at_once)]:
       new_top = jnp.maximum(top, other_top)
       share, other_share = jnp.exp2(top - new_top), jnp.exp2(other_top - new_top)
       acc = acc * _over(share, head_dim) + other_acc * _over(other_share, head_dim)
-      return acc, new_top, total * share + other_total * other_share
+      top, total = new_top, total * share + other_total * other_share
+    return acc, top, total
 
-    merged, new_top, new_total = lax.fori_loop(first, stop - 1, body, (acc, top, total))
-    _store_merged(cta, pair, merged * _over(1.0 / new_total, head_dim))
-    if cta.plan.observes:
-      _store_observed(cta, table_row, q_slot, (new_top + jnp.log2(new_total)) / _LOG2E)
+  return lax.fori_loop(0, lax.div(stop - first + (at_once - 1), at_once), body, found)
 
 
 def _store_merged(cta, pair, out):

@@ -4,8 +4,8 @@ A pair is one (sequence, KV head); its KVs are read in tiles of `tile`. The tile
 of all pairs stand in one row and CTA c takes the c-th equal share of it, so the
 load is balanced however ragged the heads are (stream-K, arXiv 2301.03598).
 
-    pair        0 0 0 0 1 2 2 2 2 2          pair 1 has one tile
-    CTA         0 0 0 0 1 1 1 1 2 2          share 4
+    pair        0 0 0 0 1 2 2 2 2 2 2        pair 1 has one tile
+    CTA         0 0 0 0 1 1 1 1 2 2 2        11 tiles: shares of 4, 4 and 3
 
 What CTA c finds for pair p goes to slot c + p. Both grow along the row, so a slot
 is written at most once, the slots of a pair are neighbours, and ctas + pairs
@@ -15,6 +15,7 @@ slots are enough: no list of partial results is needed.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -44,18 +45,25 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
   tiles = (lengths.reshape(layers, seqs * heads) + (tile - 1)) // tile
   ends = jnp.cumsum(tiles, axis=1, dtype=jnp.int32)
   starts = ends - tiles
-  total = ends[:, -1:]
-  share = jnp.maximum((total + (ctas - 1)) // ctas, 1)  # only the very last CTAs may have nothing
-  low = jnp.minimum(jnp.arange(ctas, dtype=jnp.int32) * share, total)  # [L, ctas]
-  high = jnp.minimum(low + share, total)
+  # Shares differ by one tile at most: equal ones would leave the last CTAs with less, or nothing.
+  share, longer = jnp.divmod(ends[:, -1:], ctas)
+  cta = jnp.arange(ctas + 1, dtype=jnp.int32)
+  bounds = cta * share + jnp.minimum(cta, longer)  # [L, ctas + 1]
+  low, high = bounds[:, :-1], bounds[:, 1:]
   first_pair = jnp.sum(ends[:, None] <= low[..., None], axis=2, dtype=jnp.int32)
   stop_pair = jnp.sum(starts[:, None] < high[..., None], axis=2, dtype=jnp.int32)
   # A CTA without work walks no pair.
   records = jnp.stack([jnp.where(low < high, first_pair, stop_pair), stop_pair, low, high], axis=2)
-  first_cta = starts // share
-  workers = jnp.stack([first_cta, jnp.where(tiles > 0, (ends + (share - 1)) // share, first_cta)], axis=2)
+
+  def worker(tile: jax.Array) -> jax.Array:
+    in_longer = longer * (share + 1)
+    return jnp.where(tile < in_longer, tile // (share + 1), longer + (tile - in_longer) // jnp.maximum(share, 1))
+
+  first_cta = worker(starts)
+  workers = jnp.stack([first_cta, jnp.where(tiles > 0, worker(ends - 1) + 1, first_cta)], axis=2)
   return jnp.concatenate(
-      [records.reshape(layers, -1), workers.reshape(layers, -1), jnp.zeros_like(total), ends], axis=1).reshape(-1)
+      [records.reshape(layers, -1), workers.reshape(layers, -1), jnp.zeros_like(ends[:, :1]), ends],
+      axis=1).reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kvc_jax.eviction.compression import MOST_KEPT_RANGES
 from kvc_jax.eviction.score import ScoringRule
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.eviction.score_window import WindowAttention
-from kvc_jax.kernels import backends, paged_prefill_xla
+from kvc_jax.kernels import backends, paged_decode_mosaic, paged_prefill_xla
 from kvc_jax.kernels.column_scores import column_scores
 from kvc_jax.kernels.compact_kv import compact_kv
 from kvc_jax.kernels.count_at_most import count_at_most
@@ -47,12 +47,14 @@ class Program:
     args: its arguments' shapes.
     donated: indices of the arguments that it must update in place.
     static: keyword arguments, where `run` is jitted already.
+    most_registers: of a thread in our kernels.
   """
 
   run: Callable[..., Any]
   args: tuple[Any, ...]
   donated: tuple[int, ...] = ()
   static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  most_registers: int = 255
 
   @property
   def donated_bytes(self) -> int:
@@ -151,13 +153,22 @@ def _decode(shape: backends.Shape, *, buffer: int | None) -> Program:
   heads = _HEADS * shape.group
   q = _array((_SEQS, heads, shape.head_dim), shape.query_dtype)
   args = (q, _pool(shape), _TABLES, _LENGTHS, _SCALAR)
+  most = _registers_of_all_ctas(shape, buffer is not None) if backends.requested() == "mosaic" else 255
   if buffer is None:
-    return Program(lambda *args: paged_decode(*args, scale=0.1), args)
+    return Program(lambda *args: paged_decode(*args, scale=0.1), args, most_registers=most)
   observed = Observed(
       scores=_per_kv(shape, jnp.float32), positions=_per_kv(shape, jnp.int32),
       queries=_array((_LAYERS, *q.shape), q.dtype), log_sums=_array((_LAYERS, _SEQS, heads), jnp.float32),
       query_positions=_array((_SEQS,)))
-  return Program(lambda *args: paged_decode(*args, scale=0.1, buffer=buffer), (*args, observed), (len(args),))
+  return Program(lambda *args: paged_decode(*args, scale=0.1, buffer=buffer), (*args, observed), (len(args),),
+                 most_registers=most)
+
+
+def _registers_of_all_ctas(shape: backends.Shape, observes: bool) -> int:
+  """How many a thread may take for all CTAs to be on the GPU at once."""
+  columns = paged_decode_mosaic.query_columns(shape.group, observes)
+  ctas = paged_decode_mosaic.default_config(_pool(shape), columns).ctas // backends.num_cores()
+  return min(255, 65536 // (256 * ctas))
 
 
 def _prefill(shape: backends.Shape) -> Program:

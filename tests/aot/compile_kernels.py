@@ -4,8 +4,9 @@
 
 `--site` is a folder with the wheels of the extra `aot`; it is on the path of the
 compiling processes alone, so that the CUDA plugin stays away from everything else.
-Checked for every program: it compiles; no kernel spills more than SPILL_LIMIT; what
-is donated is updated in place; no buffer or copy comes near the size of the pool.
+Checked for every program: it compiles; no kernel spills more than SPILL_LIMIT, or takes
+more registers than its CTAs have to share; what is donated is updated in place; no buffer
+or copy comes near the size of the pool.
 """
 
 import argparse
@@ -124,6 +125,8 @@ def _check(target: str, case: Any) -> dict[str, Any]:
     compiled = compile_for(target, program.run, program.args, program.donated, program.static)
   faults = [f"{kernel.name} spills {kernel.spills} bytes" for kernel in compiled.kernels
             if kernel.spills > SPILL_LIMIT]
+  faults += [f"{kernel.name} takes {kernel.registers} registers, of {program.most_registers}"
+             for kernel in _own(case.op, compiled.kernels) if kernel.registers > program.most_registers]
   if not _own(case.op, compiled.kernels):
     faults.append("no kernel of ours in it")
   if compiled.aliased < program.donated_bytes:
