@@ -209,19 +209,32 @@ class _Cta:
   smem: dict[str, Any]
   partial_done: Any
 
-  def for_each_pair(self, body):
-    """Calls body(pair, table row, first tile of the pair in this CTA's ring, begin, end, how many pairs before)."""
+  def for_each_pair(self, body, fetch=lambda table_row, tile: ()):
+    """Calls body(pair, table row, place of tile 0 in this CTA's ring, begin, end, how many pairs before, fetched).
+
+    `fetched` is fetch(table row, begin), called while the pair before is visited: what is read from global memory
+    comes late. Returns how many tiles and pairs there were.
+    """
     first, stop, low, high = self.row.cta(self.index)
+    table_row = self.layer * self.plan.pairs
 
-    def visit(step, count):
+    def begin_of(start):
+      return jnp.maximum(low - start, 0)
+
+    def visit(step, carry):
+      count, stop_tile, start, next_start, fetched = carry
       pair = stop - 1 - step  # downwards, so that what others wait for is done first
-      start = self.row.start(pair)
-      begin, end = jnp.maximum(low - start, 0), jnp.minimum(high, self.row.start(pair + 1)) - start
-      ring = high - start - end - begin
-      pl.when(end > begin)(lambda: body(pair, self.layer * self.plan.pairs + pair, ring, begin, end, count))
-      return count + (end > begin).astype(jnp.int32)
+      following = fetch(table_row + jnp.maximum(pair - 1, 0), begin_of(next_start))
+      start_behind = self.row.start(jnp.maximum(pair - 2, 0))
+      begin, end = begin_of(start), stop_tile - start
+      pl.when(end > begin)(
+          lambda: body(pair, table_row + pair, high - stop_tile - begin, begin, end, count, fetched))
+      return count + (end > begin).astype(jnp.int32), start, next_start, start_behind, following
 
-    return high - low, lax.fori_loop(0, stop - first, visit, jnp.int32(0))
+    start, next_start = self.row.last_starts(self.index)
+    fetched = fetch(table_row + jnp.maximum(stop - 1, 0), begin_of(start))
+    pairs, *_ = lax.fori_loop(0, stop - first, visit, (jnp.int32(0), high, start, next_start, fetched))
+    return high - low, pairs
 
   def blocks(self, table_row, tile):
     """Block ids of a tile; behind the table row's end any."""
@@ -267,7 +280,7 @@ def _produce(cta):
 def _copy_all(cta):
   smem, stages = cta.smem, cta.plan.config.stages
 
-  def visit(pair, table_row, ring, begin, end, count):
+  def visit(pair, table_row, ring, begin, end, count, blocks):
     _copy_queries(cta, pair, table_row, count)
 
     def tile_body(tile, blocks):
@@ -277,9 +290,9 @@ def _copy_all(cta):
       _copy_blocks(cta, blocks, slot)
       return following
 
-    lax.fori_loop(begin, end, tile_body, cta.blocks(table_row, begin))
+    lax.fori_loop(begin, end, tile_body, blocks)
 
-  tiles, pairs = cta.for_each_pair(visit)
+  tiles, pairs = cta.for_each_pair(visit, cta.blocks)
   # A barrier's every phase must have been seen before the kernel ends.
   _wait_for_last(smem["empty"], tiles, stages)
   _wait_for_last(smem["q_empty"], pairs, _Q_SLOTS)
@@ -348,7 +361,8 @@ def _consume(cta):
   plan, smem = cta.plan, cta.smem
   tile_size, heads, head_dim = plan.config.tile, _width(plan), plan.head_dim
 
-  def visit(pair, table_row, ring, begin, end, count):
+  def visit(pair, table_row, ring, begin, end, count, fetched):
+    del fetched
     q_slot = lax.rem(count, _Q_SLOTS)
     length = cta.refs["lengths"][table_row]
     sharers = cta.row.ctas_of(pair)  # long before they are needed
@@ -495,9 +509,8 @@ def _merge_others(cta, pair, first, stop, found):
     other_top = plgpu.load(refs["top"].at[slot], layout=_BY_HEAD, optimized=False)
     other_total = plgpu.load(refs["sum"].at[slot], layout=_BY_HEAD, optimized=False)
     other_acc = plgpu.load(refs["out"].at[pl.ds(slot * head_dim, head_dim)], layout=_MATRIX, optimized=False)
-    weightless = plgpu.layout_cast(
-        lax.broadcast(jnp.where(other < stop, 0.0, -jnp.inf), other_top.shape), _BY_HEAD)
-    return other_acc, other_top + weightless, other_total
+    most = plgpu.layout_cast(lax.broadcast(jnp.where(other < stop, jnp.inf, -jnp.inf), other_top.shape), _BY_HEAD)
+    return other_acc, jnp.minimum(other_top, most), other_total
 
   at_once = max(1, 16 // found[1].shape[0])  # whose loads do not wait for one another, as registers allow
 
