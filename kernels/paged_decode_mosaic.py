@@ -512,7 +512,7 @@ def _merge_others(cta, pair, first, stop, found):
     most = plgpu.layout_cast(lax.broadcast(jnp.where(other < stop, jnp.inf, -jnp.inf), other_top.shape), _BY_HEAD)
     return other_acc, jnp.minimum(other_top, most), other_total
 
-  at_once = max(1, 16 // found[1].shape[0])  # whose loads do not wait for one another, as registers allow
+  at_once = max(1, 24 // found[1].shape[0])  # whose loads do not wait for one another, as registers allow
 
   def body(step, carry):
     acc, top, total = carry

@@ -45,10 +45,10 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
   tiles = (lengths.reshape(layers, seqs * heads) + (tile - 1)) // tile
   ends = jnp.cumsum(tiles, axis=1, dtype=jnp.int32)
   starts = ends - tiles
-  # Shares differ by one tile at most: equal ones would leave the last CTAs with less, or nothing.
-  share, longer = jnp.divmod(ends[:, -1:], ctas)
-  cta = jnp.arange(ctas + 1, dtype=jnp.int32)
-  bounds = cta * share + jnp.minimum(cta, longer)  # [L, ctas + 1]
+  total = ends[:, -1:]
+  working = _working_ctas(tiles, ctas)
+  # Shares differ by one tile at most. c * total stays below 2 ** 31 while a layer holds less than 500 M KVs.
+  bounds = jnp.minimum(jnp.arange(ctas + 1, dtype=jnp.int32), working) * total // working  # [L, ctas + 1]
   low, high = bounds[:, :-1], bounds[:, 1:]
   first_pair = jnp.sum(ends[:, None] <= low[..., None], axis=2, dtype=jnp.int32)
   stop_pair = jnp.sum(starts[:, None] < high[..., None], axis=2, dtype=jnp.int32)
@@ -57,14 +57,28 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
   records = jnp.stack([jnp.where(low < high, first_pair, stop_pair), stop_pair, low, high, *last_starts], axis=2)
 
   def worker(tile: jax.Array) -> jax.Array:
-    in_longer = longer * (share + 1)
-    return jnp.where(tile < in_longer, tile // (share + 1), longer + (tile - in_longer) // jnp.maximum(share, 1))
+    return ((tile + 1) * working - 1) // jnp.maximum(total, 1)
 
   first_cta = worker(starts)
   workers = jnp.stack([first_cta, jnp.where(tiles > 0, worker(ends - 1) + 1, first_cta)], axis=2)
   return jnp.concatenate(
       [records.reshape(layers, -1), workers.reshape(layers, -1), jnp.zeros_like(ends[:, :1]), ends],
       axis=1).reshape(-1)
+
+
+def _working_ctas(tiles: jax.Array, ctas: int) -> jax.Array:
+  """How many CTAs share each layer's work, i32 [L, 1]: all of them, if there is a tile for each.
+
+  Pairs of much the same length are split at the same places, by a few CTAs less, so that
+  none has parts of two: memory is busy all the same.
+  """
+  total, longest = jnp.sum(tiles, axis=1, dtype=jnp.int32), jnp.max(tiles, axis=1)
+  pairs = jnp.maximum(jnp.sum(tiles > 0, axis=1, dtype=jnp.int32), 1)
+  each = -(-pairs // ctas)
+  aligned = jnp.where(each == 1, ctas // pairs * pairs, pairs // each)
+  alike = longest.astype(jnp.float32) * pairs <= 1.02 * total
+  working = jnp.where(alike & (aligned >= 0.95 * ctas), aligned, ctas)
+  return jnp.clip(working, 1, jnp.maximum(total, 1))[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
