@@ -62,7 +62,7 @@ class Timing:
 
 
 def time_calls[State](
-    step: Callable[[State], State], state: State, *, repeats: int = 20, rounds: int = 5
+    step: Callable[[State], State], state: State, *, repeats: int = 20, rounds: int = 5, seconds: float = 0.0
 ) -> tuple[Timing, State]:
   """Times `step`, each call on what the last one gave, so that none can be hoisted or skipped.
 
@@ -71,6 +71,8 @@ def time_calls[State](
     state: the first argument; gone afterwards where `step` donates it.
     repeats: calls in a round, which ends in one wait.
     rounds: rounds, of which the median counts.
+    seconds: that a round takes at least, by more calls where `repeats` take less: what the host needs to start
+      the first one and to see the end of the last is in the time.
 
   Returns:
     The time of a call, and the last state.
@@ -78,6 +80,10 @@ def time_calls[State](
   for _ in range(3):
     state = step(state)
   jax.block_until_ready(state)
+  if seconds:
+    start = time.perf_counter()
+    state = jax.block_until_ready(step(state))
+    repeats = max(repeats, math.ceil(seconds / (time.perf_counter() - start)))
   times = []
   for _ in range(rounds):
     start = time.perf_counter()

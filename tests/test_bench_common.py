@@ -72,6 +72,11 @@ def test_each_timed_call_takes_what_the_last_one_gave(bench):
   assert timing.per(2).median == timing.median / 2
 
 
+def test_a_round_lasts_as_long_as_is_asked_for():
+  _, calls = bench.time_calls(jax.jit(lambda x: x + 1), jnp.zeros((), jnp.int32), repeats=1, rounds=2, seconds=0.05)
+  assert int(calls) > 4 + 2 * 1  # to warm up and to see how long one takes, then the rounds'
+
+
 def test_results_name_the_machine(bench, tmp_path):
   path = bench.write_results("x", [{"us": 1.23456789, "bad": float("nan")}], folder=tmp_path, read_bandwidth=3.0)
   record = json.loads(path.read_text(encoding="utf-8"))
