@@ -12,8 +12,9 @@ K q^T and output [D, columns] = V^T p^T. As in paged_decode_triton the observed
 queries take columns beside the group's. What they add to scores goes to memory as
 additions, made where the L2 cache is: no score is read.
 
-Interpret mode knows neither semaphores nor these additions: there merge_partials_triton's
-kernel merges, and scores are read and written.
+Interpret mode knows neither semaphores nor these additions nor copies with a condition:
+there merge_partials_triton's kernel merges, scores are read and written, and tiles are
+copied whole.
 """
 
 import dataclasses
@@ -73,13 +74,10 @@ def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config
     stages = (_SHARED_BYTES // ctas - (ctas - 1) * 1024 - fixed) // stage
     if stages >= 2:
       break
-  wanted = max(2, _bytes_in_flight() // (ctas * stage))
-  return Config(tile=tile, stages=min(stages, wanted), ctas=ctas * cores)
-
-
-def _bytes_in_flight():
-  """On each multiprocessor. An H200's memory is 1.4 times as fast as an H100's, where less measured best."""
-  return (192 if "H200" in backends.device_kind() else 140) * 1024
+  # Keys and values on their way to a multiprocessor: 128 KiB measured best on an H100; others had 192 when timed last.
+  in_flight = (128 if backends.device_kind().startswith("NVIDIA H100 80GB") else 192) * 1024
+  wanted = max(2, in_flight // (ctas * tile * 2 * head_dim * itemsize))
+  return Config(tile=tile, stages=min(stages, wanted, 6), ctas=ctas * cores)
 
 
 def paged_decode(
@@ -212,8 +210,9 @@ class _Cta:
   def for_each_pair(self, body, fetch=lambda table_row, tile: ()):
     """Calls body(pair, table row, place of tile 0 in this CTA's ring, begin, end, how many pairs before, fetched).
 
-    `fetched` is fetch(table row, begin), called while the pair before is visited: what is read from global memory
-    comes late. Returns how many tiles and pairs there were.
+    The place is below 0 where the pair's first tiles are another CTA's. `fetched` is fetch(table row, begin), called
+    while the pair before is visited, for what is read from global memory comes late; it is called for one pair more
+    than there are. Returns how many tiles and pairs there were.
     """
     first, stop, low, high = self.row.cta(self.index)
     table_row = self.layer * self.plan.pairs
@@ -280,19 +279,23 @@ def _produce(cta):
 def _copy_all(cta):
   smem, stages = cta.smem, cta.plan.config.stages
 
-  def visit(pair, table_row, ring, begin, end, count, blocks):
+  def fetch(table_row, tile):
+    return cta.refs["lengths"][table_row], cta.blocks(table_row, tile)
+
+  def visit(pair, table_row, ring, begin, end, count, fetched):
+    length, blocks = fetched
     _copy_queries(cta, pair, table_row, count)
 
     def tile_body(tile, blocks):
       slot = lax.rem(ring + tile, stages)
       following = cta.blocks(table_row, jnp.minimum(tile + 1, end - 1))  # long before they are needed
       pl.when(ring + tile >= stages)(lambda: plgpu.barrier_wait(smem["empty"].at[slot]))
-      _copy_blocks(cta, blocks, slot)
+      _copy_blocks(cta, blocks, slot, length - tile * cta.plan.config.tile)
       return following
 
     lax.fori_loop(begin, end, tile_body, blocks)
 
-  tiles, pairs = cta.for_each_pair(visit, cta.blocks)
+  tiles, pairs = cta.for_each_pair(visit, fetch)
   # A barrier's every phase must have been seen before the kernel ends.
   _wait_for_last(smem["empty"], tiles, stages)
   _wait_for_last(smem["q_empty"], pairs, _Q_SLOTS)
@@ -336,8 +339,8 @@ def _copy_queries(cta, pair, table_row, count):
         ref.at[pl.ds(index * group, group)], smem["q_raw"].at[slot, pl.ds(i * group, group)], smem["q_full"].at[slot])
 
 
-def _copy_blocks(cta, blocks, slot):
-  """Starts the copies of one tile's K, V and positions."""
+def _copy_blocks(cta, blocks, slot, held):
+  """Starts the copies of one tile's K, V and positions, of its first `held` KVs."""
   plan, refs, smem, size = cta.plan, cta.refs, cta.smem, cta.plan.block_size
   rows = [block * (2 * size) for block in blocks]
   value_rows = [block * (2 * size) + size for block in blocks]
@@ -345,12 +348,14 @@ def _copy_blocks(cta, blocks, slot):
 
   for j, block in enumerate(blocks):
     to = pl.ds(j * size, size)
-    plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(rows[j], size)], smem["k"].at[slot, to], full)
-    plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(value_rows[j], size)], smem["v"].at[slot, to], full)
+    # Short lists would else read much that is nobody's.
+    wanted = held > j * size if j and cta.partial_done is not None else None
+    plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(rows[j], size)], smem["k"].at[slot, to], full, predicate=wanted)
+    plgpu.copy_gmem_to_smem(refs["kv"].at[pl.ds(value_rows[j], size)], smem["v"].at[slot, to], full, predicate=wanted)
     if plan.observes and plan.buffer:
       # Without a tensor map, which would want the target aligned to 128 bytes.
       plgpu.copy_gmem_to_smem(refs["positions"].at[block], smem["positions"].at[slot, to], full,
-                              oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+                              oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS, predicate=wanted)
 
 
 # ---------------------------------------------------------------------------------- consumer
@@ -377,11 +382,11 @@ def _consume(cta):
              top if behind is None else behind.log_sums(top),
              plgpu.layout_cast(jnp.zeros((heads,), jnp.float32), _BY_HEAD))
     if cta.partial_done is not None:
-      # Those that share the pair's first tiles did them first. Where they are surely done, what they found is
-      # fetched now, behind copies that are on their way, and not at the end, when nothing else is.
+      # The CTA before this one, if it shares the pair, did its part first. Where that is likely done, it is fetched
+      # now, behind copies that are on their way, and not at the end, when nothing else is.
       first, stop = sharers
-      done = jnp.where((begin > 0) & (2 * ring >= begin), stop - 1, first)
-      found = _merge_others(cta, pair, first, done, found)
+      done = jnp.where((begin > 0) & (2 * (ring + begin) >= 3 * begin), stop - 1, first)
+      found = _merge_others(cta, pair, first, done, found, at_once=1)
       sharers = done, stop
     acc, top, total = found
     row = plgpu.broadcasted_iota(jnp.int32, (tile_size, heads), 0, layout=_MATRIX)
@@ -493,14 +498,18 @@ def _finish(cta, pair, sharers, table_row, q_slot, found):
 
   @pl.when(cta.index == stop - 1)
   def _():
-    acc, top, total = _merge_others(cta, pair, first, stop - 1, found)
+    # As many at once as registers allow.
+    acc, top, total = _merge_others(cta, pair, first, stop - 1, found, at_once=max(1, 24 // found[1].shape[0]))
     _store_merged(cta, pair, acc * _over(1.0 / total, head_dim))
     if cta.plan.observes:
       _store_observed(cta, table_row, q_slot, (top + jnp.log2(total)) / _LOG2E)
 
 
-def _merge_others(cta, pair, first, stop, found):
-  """Waits for what CTAs [first, stop) found, and merges it with `found`: acc f32 [D, heads], top and total [heads]."""
+def _merge_others(cta, pair, first, stop, found, *, at_once):
+  """Waits for what CTAs [first, stop) found, and merges it with `found`: acc f32 [D, heads], top and total [heads].
+
+  The loads of `at_once` of them do not wait for one another.
+  """
   refs, head_dim = cta.refs, cta.plan.head_dim
   pl.when(stop > first)(lambda: plgpu.semaphore_wait(cta.partial_done.at[pair], stop - first, memory_scope="gpu"))
 
@@ -511,8 +520,6 @@ def _merge_others(cta, pair, first, stop, found):
     other_acc = plgpu.load(refs["out"].at[pl.ds(slot * head_dim, head_dim)], layout=_MATRIX, optimized=False)
     most = plgpu.layout_cast(lax.broadcast(jnp.where(other < stop, jnp.inf, -jnp.inf), other_top.shape), _BY_HEAD)
     return other_acc, jnp.minimum(other_top, most), other_total
-
-  at_once = max(1, 24 // found[1].shape[0])  # whose loads do not wait for one another, as registers allow
 
   def body(step, carry):
     acc, top, total = carry

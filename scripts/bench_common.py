@@ -71,7 +71,7 @@ def time_calls[State](
     state: the first argument; gone afterwards where `step` donates it.
     repeats: calls in a round, which ends in one wait.
     rounds: rounds, of which the median counts.
-    seconds: that a round takes at least, by more calls where `repeats` take less: what the host needs to start
+    seconds: that a round takes about, by more calls where `repeats` take less: what the host needs to start
       the first one and to see the end of the last is in the time.
 
   Returns:
@@ -82,8 +82,10 @@ def time_calls[State](
   jax.block_until_ready(state)
   if seconds:
     start = time.perf_counter()
-    state = jax.block_until_ready(step(state))
-    repeats = max(repeats, math.ceil(seconds / (time.perf_counter() - start)))
+    for _ in range(repeats):
+      state = step(state)
+    jax.block_until_ready(state)
+    repeats = max(repeats, math.ceil(seconds * repeats / (time.perf_counter() - start)))
   times = []
   for _ in range(rounds):
     start = time.perf_counter()
