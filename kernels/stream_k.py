@@ -47,10 +47,10 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
   starts = ends - tiles
   total = ends[:, -1:]
   working = _working_ctas(tiles, ctas)
-  # CTA c begins at c * total // working, which could overflow: shares differ by one tile at most.
+  # Shares differ by one tile at most: if all but the last were rounded up, the last CTAs would have nothing.
   share, longer = jnp.divmod(total, working)
   cta = jnp.minimum(jnp.arange(ctas + 1, dtype=jnp.int32), working)
-  bounds = cta * share + cta * longer // working  # [L, ctas + 1]
+  bounds = cta * share + jnp.minimum(cta, longer)  # [L, ctas + 1]
   low, high = bounds[:, :-1], bounds[:, 1:]
   first_pair = jnp.sum(ends[:, None] <= low[..., None], axis=2, dtype=jnp.int32)
   stop_pair = jnp.sum(starts[:, None] < high[..., None], axis=2, dtype=jnp.int32)
@@ -61,7 +61,8 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
   records = jnp.stack([jnp.where(busy, first_pair, stop_pair), stop_pair, low, high, *last_starts], axis=2)
 
   def worker(tile: jax.Array) -> jax.Array:
-    return jnp.sum(low[:, None] <= tile[..., None], axis=2, dtype=jnp.int32) - 1
+    in_longer = longer * (share + 1)
+    return jnp.where(tile < in_longer, tile // (share + 1), longer + (tile - in_longer) // jnp.maximum(share, 1))
 
   first_cta = worker(starts)
   workers = jnp.stack([first_cta, jnp.where(tiles > 0, worker(ends - 1) + 1, first_cta)], axis=2)
@@ -73,14 +74,14 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
 def _working_ctas(tiles: jax.Array, ctas: int) -> jax.Array:
   """How many CTAs share each layer's work, i32 [L, 1]: all of them, if there is a tile for each.
 
-  Pairs that have all the same number of tiles are split at the same places, by a few CTAs
-  less, so that none has parts of two: memory is busy all the same.
+  Where all pairs have the same number of tiles, and a few CTAs less split them so that none
+  has parts of two, those do: memory is busy all the same.
   """
   total, longest = jnp.sum(tiles, axis=1, dtype=jnp.int32), jnp.max(tiles, axis=1)
   pairs = jnp.maximum(jnp.sum(tiles > 0, axis=1, dtype=jnp.int32), 1)
   each = -(-pairs // ctas)
   aligned = jnp.where(each == 1, ctas // pairs * pairs, pairs // each)
-  alike = (longest * pairs == total) & ((each == 1) | (pairs % each == 0))
+  alike = (longest * pairs == total) & ((each == 1) | (pairs % each == 0)) & (total % jnp.maximum(aligned, 1) == 0)
   working = jnp.where(alike & (aligned >= 0.95 * ctas), aligned, ctas)
   return jnp.clip(working, 1, jnp.maximum(total, 1))[:, None]
 
