@@ -46,7 +46,7 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
   ends = jnp.cumsum(tiles, axis=1, dtype=jnp.int32)
   starts = ends - tiles
   total = ends[:, -1:]
-  working = _working_ctas(tiles, ctas)
+  working = _working_ctas(tiles, total, ctas)
   # Shares differ by one tile at most: if all but the last were rounded up, the last CTAs would have nothing.
   share, longer = jnp.divmod(total, working)
   cta = jnp.minimum(jnp.arange(ctas + 1, dtype=jnp.int32), working)
@@ -71,19 +71,19 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
       axis=1).reshape(-1)
 
 
-def _working_ctas(tiles: jax.Array, ctas: int) -> jax.Array:
+def _working_ctas(tiles: jax.Array, total: jax.Array, ctas: int) -> jax.Array:
   """How many CTAs share each layer's work, i32 [L, 1]: all of them, if there is a tile for each.
 
   Where all pairs have the same number of tiles, and a few CTAs less split them so that none
   has parts of two, those do: memory is busy all the same.
   """
-  total, longest = jnp.sum(tiles, axis=1, dtype=jnp.int32), jnp.max(tiles, axis=1)
-  pairs = jnp.maximum(jnp.sum(tiles > 0, axis=1, dtype=jnp.int32), 1)
-  each = -(-pairs // ctas)
+  longest = jnp.max(tiles, axis=1, keepdims=True)
+  pairs = jnp.maximum(jnp.sum(tiles > 0, axis=1, keepdims=True, dtype=jnp.int32), 1)
+  each = -(-pairs // ctas)  # pairs of a CTA
   aligned = jnp.where(each == 1, ctas // pairs * pairs, pairs // each)
-  alike = (longest * pairs == total) & ((each == 1) | (pairs % each == 0)) & (total % jnp.maximum(aligned, 1) == 0)
+  alike = (longest * pairs == total) & (pairs % each == 0) & (total % aligned == 0)
   working = jnp.where(alike & (aligned >= 0.95 * ctas), aligned, ctas)
-  return jnp.clip(working, 1, jnp.maximum(total, 1))[:, None]
+  return jnp.minimum(working, jnp.maximum(total, 1))
 
 
 @dataclasses.dataclass(frozen=True)

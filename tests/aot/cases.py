@@ -34,6 +34,8 @@ POOL_BYTES = 5 << 30
 _LAYERS, _SEQS, _HEADS, _BLOCKS_PER_HEAD, _QUERIES = 4, 8, 2, 64, 256
 _GROUPS = (1, 3, 4, 8, 16)
 _WITH_QUERIES = {"paged_decode", "paged_prefill", "column_scores"}
+_MOST_REGISTERS = 255
+"""That a thread can have."""
 _ONCE = {"scored, buffer"}
 """Variants that are compiled for the commonest shape alone."""
 
@@ -54,7 +56,7 @@ class Program:
   args: tuple[Any, ...]
   donated: tuple[int, ...] = ()
   static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  most_registers: int = 255
+  most_registers: int = _MOST_REGISTERS
 
   @property
   def donated_bytes(self) -> int:
@@ -153,7 +155,7 @@ def _decode(shape: backends.Shape, *, buffer: int | None) -> Program:
   heads = _HEADS * shape.group
   q = _array((_SEQS, heads, shape.head_dim), shape.query_dtype)
   args = (q, _pool(shape), _TABLES, _LENGTHS, _SCALAR)
-  most = _registers_of_all_ctas(shape, buffer is not None) if backends.requested() == "mosaic" else 255
+  most = _registers_of_all_ctas(shape, buffer is not None) if backends.requested() == "mosaic" else _MOST_REGISTERS
   if buffer is None:
     return Program(lambda *args: paged_decode(*args, scale=0.1), args, most_registers=most)
   observed = Observed(
@@ -168,7 +170,7 @@ def _registers_of_all_ctas(shape: backends.Shape, observes: bool) -> int:
   """How many a thread may take for all CTAs to be on the GPU at once."""
   columns = paged_decode_mosaic.query_columns(shape.group, observes)
   ctas = paged_decode_mosaic.default_config(_pool(shape), columns).ctas // backends.num_cores()
-  return min(255, 65536 // (256 * ctas))
+  return min(_MOST_REGISTERS, 65536 // (256 * ctas))
 
 
 def _prefill(shape: backends.Shape) -> Program:
