@@ -40,6 +40,9 @@ RESULTS = ROOT / "docs" / "results"
 LAYERS_PER_STEP = 32
 """Layers of attention that are timed together, ours and the peers': as many as Llama-3.1-8B has."""
 
+ROUND_SECONDS = 0.25
+"""Of a round that is set beside times from events on the device: the host's part is then a few thousandths of it."""
+
 # --------------------------------------------------------------------------- timing
 
 
@@ -77,22 +80,19 @@ def time_calls[State](
   Returns:
     The time of a call, and the last state.
   """
-  for _ in range(3):
-    state = step(state)
-  jax.block_until_ready(state)
+
+  def time_round(calls: int) -> float:
+    nonlocal state
+    start = time.perf_counter()
+    for _ in range(calls):
+      state = step(state)
+    jax.block_until_ready(state)
+    return (time.perf_counter() - start) / calls
+
+  time_round(3)
   if seconds:
-    start = time.perf_counter()
-    for _ in range(repeats):
-      state = step(state)
-    jax.block_until_ready(state)
-    repeats = max(repeats, math.ceil(seconds * repeats / (time.perf_counter() - start)))
-  times = []
-  for _ in range(rounds):
-    start = time.perf_counter()
-    for _ in range(repeats):
-      state = step(state)
-    jax.block_until_ready(state)
-    times.append((time.perf_counter() - start) / repeats)
+    repeats = max(repeats, math.ceil(seconds / time_round(repeats)))
+  times = [time_round(repeats) for _ in range(rounds)]
   return Timing(statistics.median(times), min(times), max(times)), state
 
 
@@ -102,7 +102,7 @@ def read_bandwidth(size: int = 4 << 30) -> float:
   for dtype, reduce in ((jnp.bfloat16, jnp.sum), (jnp.int32, jnp.max)):
     x = jnp.ones((size // jnp.dtype(dtype).itemsize // 4096, 4096), dtype)
     run = jax.jit(lambda x, _, reduce=reduce: reduce(x))
-    timing, _ = time_calls(lambda last, x=x, run=run: run(x, last), jnp.zeros((), dtype))
+    timing, _ = time_calls(lambda last, x=x, run=run: run(x, last), jnp.zeros((), dtype), seconds=ROUND_SECONDS)
     rates.append(size / timing.median)
     x.delete()
   return max(rates)

@@ -28,8 +28,6 @@ from kvc_jax.kernels.paged_decode import paged_decode
 
 _LAYER_BYTES = 6 << 30  # of KVs in all layers together, many times the L2 cache
 _MOST_LAYERS = 8
-_ROUND_SECONDS = 0.25
-"""Peers are timed by events on the device; the host's part of a round is a thousandth of this."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +91,7 @@ def time_variant(shape: bench_common.DecodeShape, variant: Variant) -> tuple[ben
     slow = variant.backend == backends.XLA
     timing, _ = bench_common.time_calls(
         lambda carry: run(*carry), (q, state), repeats=2 if slow else 6, rounds=2 if slow else 5,
-        seconds=0.0 if slow else _ROUND_SECONDS)
+        seconds=0.0 if slow else bench_common.ROUND_SECONDS)
   return timing.per(bench_common.LAYERS_PER_STEP), size
 
 

@@ -166,7 +166,7 @@ def jax_paged_attention(shape: DecodeShape, dtype: str, order: Order) -> Timings
   """JAX's own Pallas-Triton `paged_attention` (deprecated upstream), the best of a few configurations."""
   import jax
   import jax.numpy as jnp
-  from bench_common import time_calls
+  from bench_common import ROUND_SECONDS, time_calls
 
   warnings.filterwarnings("ignore", category=DeprecationWarning)
   from jax.experimental.pallas.ops.gpu import paged_attention as op
@@ -194,7 +194,8 @@ def jax_paged_attention(shape: DecodeShape, dtype: str, order: Order) -> Timings
         q = attend(q, *pools[2 * layer % len(pools) :][:2], jnp.asarray(tables), jnp.asarray(lengths))
       return q
 
-    timing = time_calls(lambda q, run=run: run(q, pools), q, repeats=5)[0].per(LAYERS_PER_STEP)
+    timing, _ = time_calls(lambda q, run=run: run(q, pools), q, repeats=5, seconds=ROUND_SECONDS)
+    timing = timing.per(LAYERS_PER_STEP)
     if best is None or timing.median < best[1].median:
       best = f"{splits} splits, {at_once} pages, {warps} warps, {stages} stages", timing
   yield best[0], (best[1].median, best[1].least, best[1].most)
