@@ -207,33 +207,22 @@ class _Cta:
   smem: dict[str, Any]
   partial_done: Any
 
-  def for_each_pair(self, body, fetch=lambda table_row, tile: ()):
-    """Calls body(pair, table row, place of tile 0 in this CTA's ring, begin, end, how many pairs before, fetched).
+  def for_each_pair(self, body):
+    """Calls body(pair, table row, place of tile 0 in this CTA's ring, begin, end, how many pairs before).
 
-    The place is below 0 where the pair's first tiles are another CTA's. `fetched` is fetch(table row, begin), called
-    while the pair before is visited, for what is read from global memory comes late; it is called for one pair more
-    than there are. Returns how many tiles and pairs there were.
+    The place is below 0 where the pair's first tiles are another CTA's. Returns how many tiles and pairs there were.
     """
     first, stop, low, high = self.row.cta(self.index)
-    table_row = self.layer * self.plan.pairs
 
-    def begin_of(start):
-      return jnp.maximum(low - start, 0)
-
-    def visit(step, carry):
-      count, stop_tile, start, next_start, fetched = carry
+    def visit(step, count):
       pair = stop - 1 - step  # downwards, so that what others wait for is done first
-      following = fetch(table_row + jnp.maximum(pair - 1, 0), begin_of(next_start))
-      start_behind = self.row.start(jnp.maximum(pair - 2, 0))
-      begin, end = begin_of(start), stop_tile - start
-      pl.when(end > begin)(
-          lambda: body(pair, table_row + pair, high - stop_tile - begin, begin, end, count, fetched))
-      return count + (end > begin).astype(jnp.int32), start, next_start, start_behind, following
+      start = self.row.start(pair)
+      begin, end = jnp.maximum(low - start, 0), jnp.minimum(high, self.row.start(pair + 1)) - start
+      ring = high - start - end - begin
+      pl.when(end > begin)(lambda: body(pair, self.layer * self.plan.pairs + pair, ring, begin, end, count))
+      return count + (end > begin).astype(jnp.int32)
 
-    start, next_start = self.row.last_starts(self.index)
-    fetched = fetch(table_row + jnp.maximum(stop - 1, 0), begin_of(start))
-    pairs, *_ = lax.fori_loop(0, stop - first, visit, (jnp.int32(0), high, start, next_start, fetched))
-    return high - low, pairs
+    return high - low, lax.fori_loop(0, stop - first, visit, jnp.int32(0))
 
   def blocks(self, table_row, tile):
     """Block ids of a tile; behind the table row's end any."""
@@ -279,11 +268,8 @@ def _produce(cta):
 def _copy_all(cta):
   smem, stages = cta.smem, cta.plan.config.stages
 
-  def fetch(table_row, tile):
-    return cta.refs["lengths"][table_row], cta.blocks(table_row, tile)
-
-  def visit(pair, table_row, ring, begin, end, count, fetched):
-    length, blocks = fetched
+  def visit(pair, table_row, ring, begin, end, count):
+    length = cta.refs["lengths"][table_row]
     _copy_queries(cta, pair, table_row, count)
 
     def tile_body(tile, blocks):
@@ -293,9 +279,9 @@ def _copy_all(cta):
       _copy_blocks(cta, blocks, slot, length - tile * cta.plan.config.tile)
       return following
 
-    lax.fori_loop(begin, end, tile_body, blocks)
+    lax.fori_loop(begin, end, tile_body, cta.blocks(table_row, begin))
 
-  tiles, pairs = cta.for_each_pair(visit, fetch)
+  tiles, pairs = cta.for_each_pair(visit)
   # A barrier's every phase must have been seen before the kernel ends.
   _wait_for_last(smem["empty"], tiles, stages)
   _wait_for_last(smem["q_empty"], pairs, _Q_SLOTS)
@@ -366,8 +352,7 @@ def _consume(cta):
   plan, smem = cta.plan, cta.smem
   tile_size, heads, head_dim = plan.config.tile, _width(plan), plan.head_dim
 
-  def visit(pair, table_row, ring, begin, end, count, fetched):
-    del fetched
+  def visit(pair, table_row, ring, begin, end, count):
     q_slot = lax.rem(count, _Q_SLOTS)
     length = cta.refs["lengths"][table_row]
     sharers = cta.row.ctas_of(pair)  # long before they are needed

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-_CTA_FIELDS = 6
+_CTA_FIELDS = 4
 _PAIR_FIELDS = 2
 
 
@@ -54,11 +54,8 @@ def schedule(lengths: Int[Array, "layers seqs kv_heads"], *, tile: int, ctas: in
   low, high = bounds[:, :-1], bounds[:, 1:]
   first_pair = jnp.sum(ends[:, None] <= low[..., None], axis=2, dtype=jnp.int32)
   stop_pair = jnp.sum(starts[:, None] < high[..., None], axis=2, dtype=jnp.int32)
-  busy = low < high
-  last_starts = [
-      jnp.where(busy, jnp.take_along_axis(starts, jnp.maximum(stop_pair - back, 0), axis=1), low) for back in (1, 2)]
   # A CTA without work walks no pair.
-  records = jnp.stack([jnp.where(busy, first_pair, stop_pair), stop_pair, low, high, *last_starts], axis=2)
+  records = jnp.stack([jnp.where(low < high, first_pair, stop_pair), stop_pair, low, high], axis=2)
 
   def worker(tile: jax.Array) -> jax.Array:
     in_longer = longer * (share + 1)
@@ -107,12 +104,8 @@ class Row:
 
   def cta(self, c: Any) -> tuple[Any, Any, Any, Any]:
     """First pair, one past the last pair, first tile, one past the last tile of CTA c."""
-    first, stop, low, high = (self._at(_CTA_FIELDS * c + i) for i in range(4))
+    first, stop, low, high = (self._at(_CTA_FIELDS * c + i) for i in range(_CTA_FIELDS))
     return first, stop, low, high
-
-  def last_starts(self, c: Any) -> tuple[Any, Any]:
-    """`start` of the last pair of CTA c and of the pair before it, to be read with the rest of its record."""
-    return self._at(_CTA_FIELDS * c + 4), self._at(_CTA_FIELDS * c + 5)
 
   def ctas_of(self, pair: Any) -> tuple[Any, Any]:
     """First CTA that works on a pair, and one past the last; equal for an empty pair."""

@@ -90,11 +90,6 @@ def test_the_plan_covers_each_tile_once(ctas):
     assert max(shares, default=0) - min(shares, default=0) <= 1
     if layer == 3:
       assert len(slots) == {2: 8, 33: 32, 80: 80}.get(ctas, len(slots)), "a CTA has parts of two pairs"
-    for cta in range(ctas):
-      first, stop, low, high = row.cta(cta)
-      some = low < high
-      expected = tuple(row.start(max(stop - back, 0)) if some else low for back in (1, 2))
-      assert row.last_starts(cta) == expected
     assert len(slots) == len(set(slots))
     for pair in range(8):
       assert list(range(*map(int, row.ctas_of(pair)))) == workers.get(pair, []), pair
