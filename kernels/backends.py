@@ -100,9 +100,10 @@ _KEYS_ON_TRITON = Support(
 
 
 def _decode_on_mosaic(dtype: str, head_dim: int, max_group: int) -> Support:
-  """Queries in the pool's dtype; later GPUs have other matrix products."""
+  """Queries in the pool's dtype, or in 16 bits beside e4m3; later GPUs have other matrix products."""
+  query_dtypes = _HALVES if dtype == "float8_e4m3fn" else frozenset({dtype})
   return Support(
-      backend="mosaic", capabilities=(_HOPPER, _HOPPER), dtypes=frozenset({dtype}), query_dtypes=frozenset({dtype}),
+      backend="mosaic", capabilities=(_HOPPER, _HOPPER), dtypes=frozenset({dtype}), query_dtypes=query_dtypes,
       head_dims=frozenset({head_dim}), max_group=max_group)
 
 
@@ -112,6 +113,7 @@ TABLE: dict[str, tuple[Support, ...]] = {
         _decode_on_mosaic("bfloat16", 64, 16),
         _decode_on_mosaic("float16", 64, 4),
         _decode_on_mosaic("bfloat16", 256, 2),  # not timed
+        _decode_on_mosaic("float8_e4m3fn", 128, 4),
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
     ),
     # Ampere has no e4m3, and this kernel leaves its conversion to Triton. Pallas counts single bytes in 32 signed

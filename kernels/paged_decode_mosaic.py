@@ -12,9 +12,13 @@ K q^T and output [D, columns] = V^T p^T. As in paged_decode_triton the observed
 queries take columns beside the group's. What they add to scores goes to memory as
 additions, made where the L2 cache is: no score is read.
 
-Interpret mode knows neither semaphores nor these additions nor copies with a condition:
-there merge_partials_triton's kernel merges, scores are read and written, and tiles are
-copied whole.
+e4m3 numbers are multiplied as float16, which holds each of them exactly: keys from
+registers, values from a copy in shared memory, for only 16-bit numbers are multiplied
+transposed.
+
+Interpret mode knows neither semaphores nor these additions nor copies with a condition
+nor products of registers: there merge_partials_triton's kernel merges, scores are read and
+written, tiles are copied whole, and wide keys go through shared memory.
 """
 
 import dataclasses
@@ -69,14 +73,17 @@ def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config
   _, _, _, head_dim = kv.shape
   cores, tile, itemsize = backends.num_cores(), 64, kv.dtype.itemsize
   stage = tile * (2 * head_dim * itemsize + 4)  # with positions
-  fixed = columns * (head_dim * ((_Q_SLOTS + 1) * itemsize + 4) + tile * itemsize) + 4 * 1024
+  fixed = columns * (head_dim * ((_Q_SLOTS + 1) * 2 + 4) + tile * 2) + 4 * 1024
+  if itemsize == 1:
+    fixed += tile * head_dim * 2  # wide values
   for ctas in (2, 1) if columns <= 16 else (1,):
     stages = (_SHARED_BYTES // ctas - (ctas - 1) * 1024 - fixed) // stage
     if stages >= 2:
       break
-  # Keys and values on their way to a multiprocessor: 128 KiB measured best on an H100; others had 192 when timed last.
-  in_flight = (128 if backends.device_kind().startswith("NVIDIA H100 80GB") else 192) * 1024
-  wanted = max(2, in_flight // (ctas * tile * 2 * head_dim * itemsize))
+  # Numbers of keys and values on their way to a multiprocessor, of 8 or 16 bits: 64 Ki measured best on an H100;
+  # others had 96 Ki when timed last.
+  in_flight = (64 if backends.device_kind().startswith("NVIDIA H100 80GB") else 96) * 1024
+  wanted = max(2, in_flight // (ctas * tile * 2 * head_dim))
   return Config(tile=tile, stages=min(stages, wanted, 6), ctas=ctas * cores)
 
 
@@ -118,9 +125,10 @@ def _width(plan) -> int:
 
 
 def _tiled(shape, dtype):
-  """Shared memory in the layout that the tensor core reads."""
-  tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
-  return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))  # type: ignore[abstract]
+  """Shared memory in the layout that the tensor core reads, in tiles of 64 columns."""
+  itemsize = jnp.dtype(dtype).itemsize
+  tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64 * itemsize)  # type: ignore[abstract]
+  return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
 def _row_layout(width):
@@ -141,13 +149,15 @@ def _attend(plan, q, kv, walk, observed, *, fused, interpret):
   copies = 2 * blocks
   scratch = {
       "q_raw": plgpu.SMEM((_Q_SLOTS, heads, head_dim), q.dtype),
-      "q": _tiled((heads, head_dim), q.dtype),
+      "q": _tiled((heads, head_dim), plan.dot_dtype),
       "k": _tiled((stages, tile, head_dim), kv.dtype),
       "v": _tiled((stages, tile, head_dim), kv.dtype),
-      "p": _tiled((heads, tile), kv.dtype),
+      "p": _tiled((heads, tile), plan.dot_dtype),
       "out": plgpu.SMEM((head_dim, heads), jnp.float32),
       "by_head": plgpu.SMEM((heads,), jnp.float32),
   }
+  if plan.packed:
+    scratch |= {"wide": _tiled((tile, head_dim), plan.dot_dtype)}
   inputs = [q.reshape(-1, head_dim), kv.reshape(-1, head_dim), *walk]
   updated = {}
   if observed is not None:
@@ -358,7 +368,8 @@ def _consume(cta):
     sharers = cta.row.ctas_of(pair)  # long before they are needed
     behind = _Behind.of(cta, pair, table_row, length) if plan.observes else None
     plgpu.barrier_wait(smem["q_full"].at[q_slot])
-    smem["q"].T[...] = plgpu.load(smem["q_raw"].at[q_slot].T, layout=_MATRIX, optimized=False)
+    queries = plgpu.load(smem["q_raw"].at[q_slot].T, layout=_MATRIX, optimized=False)
+    smem["q"].T[...] = queries.astype(plan.dot_dtype)
     if cta.partial_done is None:
       plgpu.barrier_arrive(smem["q_empty"].at[q_slot])
     plgpu.commit_smem()
@@ -398,11 +409,19 @@ def _attend_tile(cta, table_row, ring, length, behind, tile, carry):
   if behind is not None:
     blocks = cta.blocks(table_row, tile)
   plgpu.barrier_wait(smem["full"].at[slot])
-  # What lies behind a head's end may be anything, NaN too, and 0 * NaN is NaN.
-  pl.when((tile + 1) * size > length)(lambda: _zero_behind_end(cta, slot, length - tile * size))
+  keys, values, held = smem["k"].at[slot], smem["v"].at[slot], length - tile * size
+  if not plan.packed:
+    _zero_behind_end(values, held)
 
   def multiply_keys(ref):
-    plgpu.wgmma(ref, smem["k"].at[slot], smem["q"].T)
+    for part in _column_parts(head_dim) if plan.packed else ():
+      wide = _load_wide(keys.at[:, part])
+      if cta.partial_done is None:
+        smem["wide"].at[:, part][...] = wide
+        wide = smem["wide"].at[:, part]
+      plgpu.wgmma(ref, wide, smem["q"].at[:, part].T)
+    if not plan.packed:
+      plgpu.wgmma(ref, keys, smem["q"].T)
     return ref[...]
 
   logits = pl.run_scoped(multiply_keys, plgpu.ACC((size, heads), jnp.float32)) * (plan.scale * _LOG2E)
@@ -416,12 +435,17 @@ def _attend_tile(cta, table_row, ring, length, behind, tile, carry):
   smem["p"].T[...] = weights.astype(smem["p"].dtype)
   if behind is not None:
     behind.gains(slot, tile, weights)
+  if plan.packed:
+    for part in _column_parts(head_dim):
+      smem["wide"].at[:, part][...] = _load_wide(values.at[:, part])
+    values = smem["wide"]
+    _zero_behind_end(values, held)
   plgpu.commit_smem()
   if behind is not None:
     behind.add(blocks, tile)
 
   def multiply_values(ref):
-    plgpu.wgmma(ref, smem["v"].at[slot].T, smem["p"].T)
+    plgpu.wgmma(ref, values.T, smem["p"].T)
     return ref[...]
 
   acc = acc * _over(decay, head_dim) + pl.run_scoped(multiply_values, plgpu.ACC((head_dim, heads), jnp.float32))
@@ -434,19 +458,30 @@ def _over(by_head, rows):
   return lax.broadcast_in_dim(by_head, (rows, by_head.shape[0]), (1,))
 
 
-def _zero_behind_end(cta, slot, held):
-  """Zeroes a tile's values from row `held` on."""
-  parts = cta.plan.head_dim // 64
+def _column_parts(head_dim):
+  """Slices of 64 columns each: few registers hold one, widened."""
+  return [pl.ds(column, 64) for column in range(0, head_dim, 64)]
+
+
+def _load_wide(ref):
+  """e4m3 numbers in shared memory, as float16 for the tensor core."""
+  loaded = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+  return plgpu.layout_cast(loaded, _MATRIX).astype(jnp.float16)
+
+
+def _zero_behind_end(values, held):
+  """Zeroes a tile's values [tile, D] from row `held` on: they may be anything, NaN too, and 0 * NaN is NaN."""
+  rows, head_dim = values.shape
+  parts = head_dim // 64
 
   def body(step, carry):  # a loop, to take few registers
-    first, column = lax.div(step, parts) * 64, lax.rem(step, parts) * 64
-    values = cta.smem["v"].at[slot, pl.ds(first, 64), pl.ds(column, 64)]
-    row = first + plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
-    old = plgpu.load(values, layout=_MATRIX)
-    values[...] = jnp.where(row < held, old, jnp.zeros_like(old))
+    part = pl.ds(lax.div(step, parts) * 64, 64), pl.ds(lax.rem(step, parts) * 64, 64)
+    old = plgpu.load(values.at[part], layout=_MATRIX)
+    row = part[0].start + plgpu.broadcasted_iota(jnp.int32, old.shape, 0, layout=_MATRIX)
+    values.at[part][...] = jnp.where(row < held, old, jnp.zeros_like(old))
     return carry
 
-  lax.fori_loop(0, cta.plan.config.tile // 64 * parts, body, None)
+  pl.when(held < rows)(lambda: lax.fori_loop(0, rows // 64 * parts, body, None))
 
 
 def _store_partial(cta, pair, acc, top, total):

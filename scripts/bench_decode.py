@@ -65,13 +65,15 @@ VARIANTS = {
     "triton": Variant(backend="triton"),
     "mosaic, scores": Variant(backend="mosaic", scores=True),
     "triton, scores": Variant(backend="triton", scores=True),
-    "fp8": Variant(dtype="float8_e4m3fn"),
+    "fp8": Variant(dtype=peers.FP8),
+    "fp8, scores": Variant(dtype=peers.FP8, scores=True),
+    "fp8, triton": Variant(dtype=peers.FP8, backend="triton"),
     "xla": Variant(backend="xla"),
 }
-_ON_ALL_SHAPES = ("mosaic", "triton", "served")
+_ON_ALL_SHAPES = ("mosaic", "triton", "served", "fp8")
 _ON_THE_FIRST = (
     *_ON_ALL_SHAPES, "served, scores", "mosaic, scores", "triton, scores", "scores, every query", "scores, buffer 10",
-    "in order", "in order, scores", "in order, scores, every query", "fp8")
+    "in order", "in order, scores", "in order, scores, every query", "fp8, scores", "fp8, triton")
 PEER_SHAPES = tuple(name for name, shape in bench_common.DECODE_SHAPES.items() if shape.ragged_by != "head")
 
 
@@ -147,16 +149,17 @@ def run_peers(names: list[str], wanted: list[str], bandwidth: float) -> list[dic
 
 
 def compare(rows: list[dict]) -> None:
-  """Adds to our rows their speed over FlashInfer's better layout, on the same shape with pages in the same order."""
-  best: dict[tuple[str, str], float] = {}
+  """Adds to our rows their speed over FlashInfer's better layout: same shape, pages in the same order, same dtype."""
+  best: dict[tuple[str, str, str], float] = {}
   for row in rows:
-    if row["variant"].startswith("flashinfer") and "us" in row:
-      key = row["shape"], row["order"]
+    peer = row["variant"].split()[0]
+    if peer in ("flashinfer", "flashinfer-fp8") and "us" in row:
+      key = row["shape"], row["order"], peers.FP8 if peer.endswith("fp8") else "bfloat16"
       best[key] = min(row["us"], best.get(key, np.inf))
   for row in rows:
     variant = VARIANTS.get(row["variant"])
-    if variant and variant.dtype == "bfloat16" and (row["shape"], variant.order) in best:
-      row["over_flashinfer"] = best[row["shape"], variant.order] / row["us"]
+    if variant and (row["shape"], variant.order, variant.dtype) in best:
+      row["over_flashinfer"] = best[row["shape"], variant.order, variant.dtype] / row["us"]
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def measure(
   Args:
     peer: a key of PEERS.
     shapes: names in DECODE_SHAPES.
-    dtype: of queries, keys and values.
+    dtype: of queries, and of keys and values but where the peer's name says otherwise.
     order: of the pages in the pool.
     limit: seconds that the process may take.
 
@@ -104,14 +104,17 @@ def _time_graph(call: Callable[[int], None]) -> tuple[float, float, float]:
   return statistics.median(times), min(times), max(times)
 
 
-def flashinfer(shape: DecodeShape, dtype: str, order: Order) -> Timings:
-  """FlashInfer's BatchDecodeWithPagedKVCacheWrapper on tensor cores, both layouts, in a CUDA graph."""
+def flashinfer(shape: DecodeShape, dtype: str, order: Order, kv_dtype: str | None = None) -> Timings:
+  """FlashInfer's BatchDecodeWithPagedKVCacheWrapper on tensor cores, both layouts, in a CUDA graph.
+
+  `kv_dtype` is that of the pages, where it is not that of the queries.
+  """
   nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
   os.environ.setdefault("CUDA_HOME", str(pathlib.Path(nvcc).resolve().parents[1]))
   import torch
   from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-  kind = getattr(torch, dtype)
+  kind, kv_kind = getattr(torch, dtype), getattr(torch, kv_dtype or dtype)
   lengths = shape.lengths(1)[0, :, 0]
   pages = -(-lengths // shape.block_size)
   starts = np.concatenate([[0], np.cumsum(pages)])
@@ -120,15 +123,15 @@ def flashinfer(shape: DecodeShape, dtype: str, order: Order) -> Timings:
   q = torch.randn(shape.seqs, shape.kv_heads * shape.group, shape.head_dim, device="cuda", dtype=kind)
   sides = {"NHD": (shape.block_size, shape.kv_heads), "HND": (shape.kv_heads, shape.block_size)}
   for layout, middle in sides.items():
-    pools = [torch.randn(int(pages.sum()), 2, *middle, shape.head_dim, device="cuda", dtype=kind)
-             for _ in range(_num_pools(shape, kind.itemsize))]
+    pools = [torch.randn(int(pages.sum()), 2, *middle, shape.head_dim, device="cuda", dtype=kind).to(kv_kind)
+             for _ in range(_num_pools(shape, kv_kind.itemsize))]
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
         torch.zeros(512 << 20, dtype=torch.uint8, device="cuda"), layout, use_cuda_graph=True, use_tensor_cores=True,
         paged_kv_indptr_buffer=indptr.cuda(), paged_kv_indices_buffer=indices.clone(),
         paged_kv_last_page_len_buffer=last.cuda())
     wrapper.plan(
         indptr, indices, last, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, shape.block_size,
-        q_data_type=kind, kv_data_type=kind)
+        q_data_type=kind, kv_data_type=kv_kind)
     out = torch.empty_like(q)
 
     def call(layer, wrapper=wrapper, pools=pools, out=out):
@@ -201,9 +204,13 @@ def jax_paged_attention(shape: DecodeShape, dtype: str, order: Order) -> Timings
   yield best[0], (best[1].median, best[1].least, best[1].most)
 
 
-PEERS = {"flashinfer": flashinfer, "torch-sdpa": torch_sdpa, "jax-paged-attention": jax_paged_attention}
+FP8 = "float8_e4m3fn"
+PEERS = {
+    "flashinfer": flashinfer, "flashinfer-fp8": functools.partial(flashinfer, kv_dtype=FP8), "torch-sdpa": torch_sdpa,
+    "jax-paged-attention": jax_paged_attention}
 ORDERS: dict[str, tuple[Order, ...]] = {
-    "flashinfer": ("shuffled", "served", "in order"), "torch-sdpa": ("in order",), "jax-paged-attention": ("shuffled",)}
+    "flashinfer": ("shuffled", "served", "in order"), "flashinfer-fp8": ("shuffled",), "torch-sdpa": ("in order",),
+    "jax-paged-attention": ("shuffled",)}
 """Of pages, in which each peer is timed."""
 
 
@@ -217,7 +224,7 @@ def main() -> None:
   for name in args.shapes:
     shape = DECODE_SHAPES[name]
     assert shape.ragged_by != "head", "no peer can run a shape that is ragged by head"
-    size = int(shape.lengths(1).sum()) * 2 * shape.head_dim * 2
+    size = int(shape.lengths(1).sum()) * 2 * shape.head_dim * (1 if args.peer.endswith("fp8") else 2)
     start = time.perf_counter()
     for variant, (median, least, most) in PEERS[args.peer](shape, args.dtype, args.order):
       row = {"shape": name, "peer": args.peer, "order": args.order, "variant": variant, "us": median * 1e6,

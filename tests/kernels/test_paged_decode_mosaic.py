@@ -60,6 +60,17 @@ def test_scores(power, buffer, every, group):
   assert output_error(observed.log_sums[0], expected_log_sums(problem, 0, SCALE)) < 1e-4
 
 
+@pytest.mark.parametrize(("group", "block_size"), [(4, 16), (1, 8)])
+def test_fp8_pool(group, block_size):
+  problem = make_problem(
+      7, group=group, head_dim=128, block_size=block_size, max_blocks=128 // block_size + 1,
+      dtype=jnp.float8_e4m3fn, query_dtype=jnp.bfloat16)
+  out, observed = _interpret(problem, 0, problem.observed)
+  assert out.dtype == jnp.bfloat16
+  assert output_error(out, expected_output(problem, 0, SCALE)) < TOLERANCES["bfloat16"]
+  assert score_error(problem, observed, expected_scores(problem, 0, SCALE, 2, 0)) < 1e-3
+
+
 def test_tiles_of_128_and_uneven_shares():
   problem = _problem(2, 64, 16, jnp.bfloat16, max_tokens=256)
   config = paged_decode_mosaic.Config(tile=128, stages=3, ctas=5)

@@ -165,15 +165,26 @@ def test_few_ctas_with_many_pairs(ctas):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("head_dim", "block_size"), [(128, 16), (64, 8), (96, 16), (256, 32)])
-def test_fp8_pool_on_the_gpu(head_dim, block_size):
+@pytest.mark.parametrize("backend", ["triton", "mosaic"])
+@pytest.mark.parametrize(
+    ("group", "head_dim", "block_size", "query_dtype"),
+    [(4, 128, 16, jnp.bfloat16), (1, 128, 8, jnp.float16), (3, 128, 64, jnp.bfloat16), (2, 128, 32, jnp.bfloat16),
+     (8, 64, 8, jnp.bfloat16), (4, 96, 16, jnp.bfloat16), (4, 256, 32, jnp.bfloat16)])
+def test_fp8_pool_on_the_gpu(backend, group, head_dim, block_size, query_dtype):
   problem = make_problem(
-      1, group=4, head_dim=head_dim, block_size=block_size, max_blocks=320 // block_size,
-      dtype=jnp.float8_e4m3fn, query_dtype=jnp.bfloat16)
-  assert backends.choose("paged_decode", backends.shape_of(problem.kv, 4, jnp.bfloat16)) == "triton"
-  out, observed = _decode(*problem.attention, jnp.int32(1), problem.observed, scale=SCALE)
-  assert output_error(out, expected_output(problem, 1, SCALE)) < TOLERANCES["bfloat16"]
-  assert score_error(problem, observed, expected_scores(problem, 1, SCALE, 2, 0)) < SCORE_TOLERANCES["bfloat16"]
+      1, group=group, head_dim=head_dim, block_size=block_size, max_blocks=720 // block_size,
+      dtype=jnp.float8_e4m3fn, query_dtype=query_dtype)
+  _skip_without(backend, problem)
+  with backends.use(backend):
+    for layer in range(2):
+      out, _ = _decode(*problem.attention, jnp.int32(layer), scale=SCALE)
+      assert out.dtype == query_dtype
+      assert output_error(out, expected_output(problem, layer, SCALE)) < TOLERANCES["bfloat16"]
+    for buffer in (0, 60):
+      out, observed = _decode(*problem.attention, jnp.int32(1), problem.observed, scale=SCALE, buffer=buffer)
+      assert output_error(out, expected_output(problem, 1, SCALE)) < TOLERANCES["bfloat16"]
+      expected = expected_scores(problem, 1, SCALE, 2, buffer)
+      assert score_error(problem, observed, expected) < SCORE_TOLERANCES["bfloat16"]
 
 
 @pytest.mark.gpu
@@ -192,13 +203,14 @@ def test_tolerance_catches(backend, mutation):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "mosaic"])
-def test_pool_over_4_gib(backend):
-  problem = make_problem(3, group=4, head_dim=128, block_size=16, max_blocks=20, dtype=jnp.bfloat16, unused=0)
+@pytest.mark.parametrize(("dtype", "gib"), [(jnp.bfloat16, 4.5), (jnp.float8_e4m3fn, 3), (jnp.float8_e4m3fn, 4.5)])
+def test_large_pool(backend, dtype, gib):
+  problem = make_problem(
+      3, group=4, head_dim=128, block_size=16, max_blocks=20, dtype=dtype, query_dtype=jnp.bfloat16, unused=0)
   _skip_without(backend, problem)
   _, _, block_size, head_dim = problem.kv.shape
-  shift = (9 << 29) // (2 * block_size * head_dim * 2)
-  kv = jnp.concatenate([jnp.zeros((shift, *problem.kv.shape[1:]), jnp.bfloat16), problem.kv])
-  assert kv.nbytes > 4 << 30
+  shift = int(gib * 2**30) // (2 * block_size * head_dim * jnp.dtype(dtype).itemsize)
+  kv = jnp.concatenate([jnp.zeros((shift, *problem.kv.shape[1:]), dtype), problem.kv])
   observed = problem.observed._replace(
       scores=jnp.pad(problem.observed.scores, ((shift, 0), (0, 0))),
       positions=jnp.pad(problem.observed.positions, ((shift, 0), (0, 0))))
