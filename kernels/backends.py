@@ -34,6 +34,7 @@ class Shape:
     group: G, query heads per KV head.
     block_size: P.
     pool_bytes: of the pool.
+    scored: whether decode keeps scores up to date.
   """
 
   dtype: str
@@ -42,6 +43,7 @@ class Shape:
   group: int
   block_size: int
   pool_bytes: int = 0
+  scored: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Support:
     head_dims: D.
     block_sizes: P.
     max_group: largest G.
+    scores: whether it keeps scores up to date, where the op does.
     unreachable: pools above the first and up to the second number of bytes are not taken.
   """
 
@@ -66,6 +69,7 @@ class Support:
   head_dims: frozenset[int] = frozenset({64, 96, 128, 256})
   block_sizes: frozenset[int] = frozenset({8, 16, 32, 64})
   max_group: int = 16
+  scores: bool = True
   unreachable: tuple[int, int] = (0, 0)
 
   def lacks(self, capability: tuple[int, int], shape: Shape) -> str | None:
@@ -83,6 +87,8 @@ class Support:
       return f"block_size {shape.block_size}"
     if shape.group > self.max_group:
       return f"{shape.group} query heads per KV head"
+    if shape.scored and not self.scores:
+      return f"scores of {shape.group} query heads per KV head"
     if self.unreachable[0] < shape.pool_bytes <= self.unreachable[1]:
       return f"a pool of {shape.pool_bytes} bytes"
     return None
@@ -99,12 +105,12 @@ _KEYS_ON_TRITON = Support(
 
 
 
-def _decode_on_mosaic(dtype: str, head_dim: int, max_group: int) -> Support:
+def _decode_on_mosaic(dtype: str, head_dim: int, max_group: int, *, scores: bool = True) -> Support:
   """Queries in the pool's dtype, or in 16 bits beside e4m3; later GPUs have other matrix products."""
   query_dtypes = _HALVES if dtype == "float8_e4m3fn" else frozenset({dtype})
   return Support(
       backend="mosaic", capabilities=(_HOPPER, _HOPPER), dtypes=frozenset({dtype}), query_dtypes=query_dtypes,
-      head_dims=frozenset({head_dim}), max_group=max_group)
+      head_dims=frozenset({head_dim}), max_group=max_group, scores=scores)
 
 
 TABLE: dict[str, tuple[Support, ...]] = {
@@ -114,6 +120,8 @@ TABLE: dict[str, tuple[Support, ...]] = {
         _decode_on_mosaic("float16", 64, 4),
         _decode_on_mosaic("bfloat16", 256, 2),  # not timed
         _decode_on_mosaic("float8_e4m3fn", 128, 4),
+        _decode_on_mosaic("float8_e4m3fn", 128, 8, scores=False),  # they would take too many registers
+        _decode_on_mosaic("float8_e4m3fn", 64, 8),
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
     ),
     # Ampere has no e4m3, and this kernel leaves its conversion to Triton. Pallas counts single bytes in 32 signed
@@ -248,9 +256,11 @@ def device_kind() -> str:
   return str(getattr(_device(), "device_kind", ""))
 
 
-def shape_of(kv: jax.Array, group: int, query_dtype: jax.typing.DTypeLike | None = None) -> Shape:
+def shape_of(
+    kv: jax.Array, group: int, query_dtype: jax.typing.DTypeLike | None = None, *, scored: bool = False
+) -> Shape:
   """The `Shape` of a pool [N, 2, P, D] and G."""
   _, _, block_size, head_dim = kv.shape
   return Shape(
       dtype=kv.dtype.name, query_dtype=jnp.dtype(kv.dtype if query_dtype is None else query_dtype).name,
-      head_dim=head_dim, group=group, block_size=block_size, pool_bytes=kv.size * kv.dtype.itemsize)
+      head_dim=head_dim, group=group, block_size=block_size, pool_bytes=kv.size * kv.dtype.itemsize, scored=scored)

@@ -54,7 +54,8 @@ def paged_decode(
     raise ValueError(
         f"paged_decode: observed queries {observed.queries.shape} are not those of {tables.shape[0]} layers and "
         f"q {q.shape}")
-  backend = backends.choose("paged_decode", backends.shape_of(kv, q_heads // tables.shape[2], q.dtype))
+  backend = backends.choose(
+      "paged_decode", backends.shape_of(kv, q_heads // tables.shape[2], q.dtype, scored=observed is not None))
   return _RUNS[backend](
       q, kv, tables, lengths, layer, observed, scale=scale, power=power, buffer=buffer, every=every)
 

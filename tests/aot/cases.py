@@ -97,7 +97,7 @@ def _promised(op: str, support: backends.Support) -> Iterator[Case]:
   base, *others = _shapes(support, vary_group=op in _WITH_QUERIES)
   for shape in (base, *others):
     for variant, build in _PROGRAMS[op].items():
-      if shape == base or variant not in _ONCE:
+      if (shape == base or variant not in _ONCE) and (support.scores or "scored" not in variant):
         name = (f"{op}_{support.backend} {variant} {shape.query_dtype} on {shape.dtype} D{shape.head_dim} "
                 f"G{shape.group} P{shape.block_size}")
         yield Case(name, op, support.backend, shape, functools.partial(build, shape))
