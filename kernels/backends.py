@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -57,7 +57,7 @@ class Support:
     query_dtypes: of the queries.
     head_dims: D.
     block_sizes: P.
-    max_group: largest G.
+    groups: G.
     scores: whether it keeps scores up to date, where the op does.
     unreachable: pools above the first and up to the second number of bytes are not taken.
   """
@@ -68,7 +68,7 @@ class Support:
   query_dtypes: frozenset[str] = _HALVES_AND_SINGLE
   head_dims: frozenset[int] = frozenset({64, 96, 128, 256})
   block_sizes: frozenset[int] = frozenset({8, 16, 32, 64})
-  max_group: int = 16
+  groups: frozenset[int] = frozenset(range(1, 17))
   scores: bool = True
   unreachable: tuple[int, int] = (0, 0)
 
@@ -85,7 +85,7 @@ class Support:
       return f"head_dim {shape.head_dim}"
     if shape.block_size not in self.block_sizes:
       return f"block_size {shape.block_size}"
-    if shape.group > self.max_group:
+    if shape.group not in self.groups:
       return f"{shape.group} query heads per KV head"
     if shape.scored and not self.scores:
       return f"scores of {shape.group} query heads per KV head"
@@ -105,23 +105,29 @@ _KEYS_ON_TRITON = Support(
 
 
 
-def _decode_on_mosaic(dtype: str, head_dim: int, max_group: int, *, scores: bool = True) -> Support:
+def _decode_on_mosaic(
+    dtype: str, head_dim: int, groups: Iterable[int], *, scores: bool = True,
+    block_sizes: Iterable[int] = (8, 16, 32, 64),
+) -> Support:
   """Queries in the pool's dtype, or in 16 bits beside e4m3; later GPUs have other matrix products."""
   query_dtypes = _HALVES if dtype == "float8_e4m3fn" else frozenset({dtype})
   return Support(
       backend="mosaic", capabilities=(_HOPPER, _HOPPER), dtypes=frozenset({dtype}), query_dtypes=query_dtypes,
-      head_dims=frozenset({head_dim}), max_group=max_group, scores=scores)
+      head_dims=frozenset({head_dim}), groups=frozenset(groups), scores=scores, block_sizes=frozenset(block_sizes))
 
 
 TABLE: dict[str, tuple[Support, ...]] = {
+    # Without scores where they would take more registers than two CTAs of a multiprocessor have, as `make aot` says.
     "paged_decode": (
-        _decode_on_mosaic("bfloat16", 128, 8),
-        _decode_on_mosaic("bfloat16", 64, 16),
-        _decode_on_mosaic("float16", 64, 4),
-        _decode_on_mosaic("bfloat16", 256, 2),  # not timed
-        _decode_on_mosaic("float8_e4m3fn", 128, 4),
-        _decode_on_mosaic("float8_e4m3fn", 128, 8, scores=False),  # they would take too many registers
-        _decode_on_mosaic("float8_e4m3fn", 64, 8),
+        _decode_on_mosaic("bfloat16", 128, (1, 2, 3, 4, 8)),
+        _decode_on_mosaic("bfloat16", 128, range(1, 9), scores=False),
+        _decode_on_mosaic("bfloat16", 64, range(1, 17)),
+        _decode_on_mosaic("float16", 64, range(1, 5)),
+        _decode_on_mosaic("bfloat16", 256, range(1, 3)),  # not timed
+        _decode_on_mosaic("float8_e4m3fn", 128, range(1, 5), block_sizes=(16, 32, 64)),
+        _decode_on_mosaic("float8_e4m3fn", 128, range(1, 9), scores=False),
+        _decode_on_mosaic("float8_e4m3fn", 64, (1, 2, 3, 4, 8)),
+        _decode_on_mosaic("float8_e4m3fn", 64, range(1, 9), scores=False),
         Support(backend="triton", capabilities=(_AMPERE, _NEWEST), dtypes=_HALVES_AND_SINGLE | {"float8_e4m3fn"}),
     ),
     # Ampere has no e4m3, and this kernel leaves its conversion to Triton. Pallas counts single bytes in 32 signed

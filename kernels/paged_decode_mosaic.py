@@ -80,8 +80,8 @@ def default_config(kv: jax.ShapeDtypeStruct | jax.Array, columns: int) -> Config
     stages = (_SHARED_BYTES // ctas - (ctas - 1) * 1024 - fixed) // stage
     if stages >= 2:
       break
-  # Numbers of keys and values on their way to a multiprocessor, of 8 or 16 bits: 64 Ki measured best on an H100;
-  # others had 96 Ki when timed last.
+  # Numbers of keys and values on their way to a multiprocessor: 64 Ki measured best on an H100, of 8 and of 16 bits;
+  # others had 96 Ki, of 16 bits, when timed last.
   in_flight = (64 if backends.device_kind().startswith("NVIDIA H100 80GB") else 96) * 1024
   wanted = max(2, in_flight // (ctas * tile * 2 * head_dim))
   return Config(tile=tile, stages=min(stages, wanted, 6), ctas=ctas * cores)
@@ -116,8 +116,12 @@ def paged_decode(
 
 
 def query_columns(group: int, observes: bool) -> int:
-  """Query rows of a tile: the group, then the observed group, padded to the tensor core's columns."""
-  return pl.next_power_of_2(max(8, group * (2 if observes else 1)))
+  """Query rows of a tile: the group, then the observed group, each padded, and both to the tensor core's columns.
+
+  The observed group begins at a power of two, for which thread has which is then known in advance: that is some
+  registers.
+  """
+  return max(8, pl.next_power_of_2(group) * (2 if observes else 1))
 
 
 def _width(plan) -> int:
@@ -332,7 +336,8 @@ def _copy_queries(cta, pair, table_row, count):
     sources.append((cta.refs["queries"], table_row))
   for i, (ref, index) in enumerate(sources):
     plgpu.copy_gmem_to_smem(
-        ref.at[pl.ds(index * group, group)], smem["q_raw"].at[slot, pl.ds(i * group, group)], smem["q_full"].at[slot])
+        ref.at[pl.ds(index * group, group)], smem["q_raw"].at[slot, pl.ds(i * cta.plan.padded_group, group)],
+        smem["q_full"].at[slot])
 
 
 def _copy_blocks(cta, blocks, slot, held):
@@ -414,14 +419,15 @@ def _attend_tile(cta, table_row, ring, length, behind, tile, carry):
     _zero_behind_end(values, held)
 
   def multiply_keys(ref):
-    for part in _column_parts(head_dim) if plan.packed else ():
+    if not plan.packed:
+      plgpu.wgmma(ref, keys, smem["q"].T)
+      return ref[...]
+    for part in _column_parts(head_dim):
       wide = _load_wide(keys.at[:, part])
-      if cta.partial_done is None:
+      if cta.partial_done is None:  # interpret mode
         smem["wide"].at[:, part][...] = wide
         wide = smem["wide"].at[:, part]
       plgpu.wgmma(ref, wide, smem["q"].at[:, part].T)
-    if not plan.packed:
-      plgpu.wgmma(ref, keys, smem["q"].T)
     return ref[...]
 
   logits = pl.run_scoped(multiply_keys, plgpu.ACC((size, heads), jnp.float32)) * (plan.scale * _LOG2E)
@@ -577,7 +583,7 @@ def _store_observed(cta, table_row, q_slot, log_sums):
 
 @dataclasses.dataclass(frozen=True)
 class _Behind:
-  """The score update of one pair: the observed queries, columns [G, 2G), are one step behind.
+  """The score update of one pair: the observed queries, G columns from `padded_group` on, are one step behind.
 
   Attributes:
     cta: as elsewhere.
@@ -601,20 +607,21 @@ class _Behind:
 
   def log_sums(self, top):
     """`top` with the observed columns' log-sum-exp, base 2: their weights are then probabilities."""
-    group, head = self.cta.plan.group, self._head()
+    group, padded, head = self.cta.plan.group, self.cta.plan.padded_group, self._head()
     for g in range(group):
-      top = jnp.where(head == group + g, self.cta.refs["log_sums"][self.table_row * group + g] * _LOG2E, top)
+      top = jnp.where(head == padded + g, self.cta.refs["log_sums"][self.table_row * group + g] * _LOG2E, top)
     return top
 
   def keep(self, top, new_top):
     """new_top, but in the observed columns `top`."""
-    return jnp.where(self._head() < self.cta.plan.group, new_top, top)
+    return jnp.where(self._head() < self.cta.plan.padded_group, new_top, top)
 
   def gains(self, slot, tile, weights):
     """Leaves in shared memory what the observed columns of weights [tile, heads] add to a tile's scores."""
     plan, smem, size = self.cta.plan, self.cta.smem, self.cta.plan.config.tile
     head = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=_MATRIX)
-    chances = jnp.where((head >= plan.group) & (head < 2 * plan.group), weights, 0.0)
+    first = plan.padded_group
+    chances = jnp.where((head >= first) & (head < first + plan.group), weights, 0.0)
     gain = jnp.sum(chances * chances if plan.power == 2 else chances, axis=1) * plan.every
     token = tile * size + plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=_BY_TOKEN)
     counted = token < self.length - 1

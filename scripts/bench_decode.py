@@ -154,7 +154,7 @@ def compare(rows: list[dict]) -> None:
   for row in rows:
     peer = row["variant"].split()[0]
     if peer in ("flashinfer", "flashinfer-fp8") and "us" in row:
-      key = row["shape"], row["order"], peers.FP8 if peer.endswith("fp8") else "bfloat16"
+      key = row["shape"], row["order"], peers.KV_DTYPES.get(peer, "bfloat16")
       best[key] = min(row["us"], best.get(key, np.inf))
   for row in rows:
     variant = VARIANTS.get(row["variant"])
@@ -167,7 +167,7 @@ def main() -> None:
   shapes = list(bench_common.DECODE_SHAPES)
   parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(shapes)}; all by default")
   parser.add_argument("--variant", action="append", choices=VARIANTS,
-                      help="may be repeated; by default two, and more on the first shape")
+                      help="may be repeated; by default four, and more on the first shape")
   parser.add_argument("--peer", action="append", choices=[*peers.PEERS, "none"], help="may be repeated; all by default")
   parser.add_argument("--out", default=bench_common.RESULTS, help="folder for decode.json")
   options = parser.parse_args()

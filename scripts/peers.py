@@ -43,7 +43,7 @@ def measure(
   Args:
     peer: a key of PEERS.
     shapes: names in DECODE_SHAPES.
-    dtype: of queries, and of keys and values but where the peer's name says otherwise.
+    dtype: of queries, and of keys and values where KV_DTYPES has no other.
     order: of the pages in the pool.
     limit: seconds that the process may take.
 
@@ -205,6 +205,8 @@ def jax_paged_attention(shape: DecodeShape, dtype: str, order: Order) -> Timings
 
 
 FP8 = "float8_e4m3fn"
+KV_DTYPES = {"flashinfer-fp8": FP8}
+"""Of keys and values, where it is not that of the queries."""
 PEERS = {
     "flashinfer": flashinfer, "flashinfer-fp8": functools.partial(flashinfer, kv_dtype=FP8), "torch-sdpa": torch_sdpa,
     "jax-paged-attention": jax_paged_attention}
@@ -224,7 +226,8 @@ def main() -> None:
   for name in args.shapes:
     shape = DECODE_SHAPES[name]
     assert shape.ragged_by != "head", "no peer can run a shape that is ragged by head"
-    size = int(shape.lengths(1).sum()) * 2 * shape.head_dim * (1 if args.peer.endswith("fp8") else 2)
+    kv_dtype = KV_DTYPES.get(args.peer, args.dtype)
+    size = int(shape.lengths(1).sum()) * 2 * shape.head_dim * (1 if kv_dtype == FP8 else 2)
     start = time.perf_counter()
     for variant, (median, least, most) in PEERS[args.peer](shape, args.dtype, args.order):
       row = {"shape": name, "peer": args.peer, "order": args.order, "variant": variant, "us": median * 1e6,

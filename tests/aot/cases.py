@@ -32,12 +32,14 @@ from kvc_jax.sampling import SamplingArrays
 
 POOL_BYTES = 5 << 30
 _LAYERS, _SEQS, _HEADS, _BLOCKS_PER_HEAD, _QUERIES = 4, 8, 2, 64, 256
-_GROUPS = (1, 3, 4, 8, 16)
+_GROUPS = {"triton": {1, 3, 4, 8, 16}, "cudnn": {1, 3, 4, 8, 16}, "mosaic": {*range(1, 9), 16}}
+"""Mosaic's table lists groups by the registers that they take, two CTAs to a multiprocessor: up to 8."""
 _WITH_QUERIES = {"paged_decode", "paged_prefill", "column_scores"}
 _MOST_REGISTERS = 255
 """That a thread can have."""
-_ONCE = {"scored, buffer"}
-"""Variants that are compiled for the commonest shape alone."""
+_ONCE = {"scored"}
+"""Variants that are compiled for the commonest shape alone: they are part of others."""
+_SCORED = {"scored", "scored, buffer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +99,11 @@ def _promised(op: str, support: backends.Support) -> Iterator[Case]:
   base, *others = _shapes(support, vary_group=op in _WITH_QUERIES)
   for shape in (base, *others):
     for variant, build in _PROGRAMS[op].items():
-      if (shape == base or variant not in _ONCE) and (support.scores or "scored" not in variant):
+      asked = dataclasses.replace(shape, scored=variant in _SCORED)
+      if (shape == base or variant not in _ONCE) and (support.scores or not asked.scored):
         name = (f"{op}_{support.backend} {variant} {shape.query_dtype} on {shape.dtype} D{shape.head_dim} "
                 f"G{shape.group} P{shape.block_size}")
-        yield Case(name, op, support.backend, shape, functools.partial(build, shape))
+        yield Case(name, op, support.backend, asked, functools.partial(build, asked))
 
 
 def _shapes(support: backends.Support, *, vary_group: bool) -> Iterator[backends.Shape]:
@@ -115,7 +118,7 @@ def _shapes(support: backends.Support, *, vary_group: bool) -> Iterator[backends
   dtype = preferred(support.dtypes, "bfloat16")
   base = backends.Shape(
       dtype=dtype, query_dtype=queries_of(dtype), head_dim=preferred(support.head_dims, 128),
-      group=min(4, support.max_group), block_size=preferred(support.block_sizes, 16))
+      group=preferred(support.groups, 4), block_size=preferred(support.block_sizes, 16))
   yield base
   for other in sorted(support.dtypes - {dtype}):
     yield dataclasses.replace(base, dtype=other, query_dtype=queries_of(other))
@@ -123,9 +126,9 @@ def _shapes(support: backends.Support, *, vary_group: bool) -> Iterator[backends
     yield dataclasses.replace(base, head_dim=head_dim)
   for block_size in sorted(support.block_sizes - {base.block_size}):
     yield dataclasses.replace(base, block_size=block_size)
-  for group in _GROUPS if vary_group else ():
-    if group != base.group and group <= support.max_group:
-      yield dataclasses.replace(base, group=group)
+  for group in sorted(support.groups & _GROUPS[support.backend] - {base.group}) if vary_group else ():
+    # The smallest blocks take the most registers.
+    yield dataclasses.replace(base, group=group, block_size=min(support.block_sizes))
 
 
 # --------------------------------------------------------------------------- programs
