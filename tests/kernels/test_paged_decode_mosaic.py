@@ -51,7 +51,8 @@ def test_equals_dense_attention(group, head_dim, block_size, dtype):
   assert output_error(out, expected_output(problem, 0, SCALE)) < TOLERANCES[jnp.dtype(dtype).name]
 
 
-@pytest.mark.parametrize(("power", "buffer", "every", "group"), [(2, 0, 1, 4), (1, 60, 1, 3), (2, 0, 3, 2)])
+@pytest.mark.parametrize(
+    ("power", "buffer", "every", "group"), [(2, 0, 1, 4), (1, 60, 1, 3), (2, 0, 3, 2), (2, 0, 1, 7)])
 def test_scores(power, buffer, every, group):
   problem = _problem(group, 64, 16, jnp.float16)
   out, observed = _interpret(problem, 0, problem.observed, power=power, buffer=buffer, every=every)
