@@ -104,16 +104,15 @@ _KEYS_ON_TRITON = Support(
     block_sizes=frozenset({1}))
 
 
-
 def _decode_on_mosaic(
     dtype: str, head_dim: int, groups: Iterable[int], *, scores: bool = True,
-    block_sizes: Iterable[int] = (8, 16, 32, 64),
+    block_sizes: frozenset[int] = Support.block_sizes,
 ) -> Support:
   """Queries in the pool's dtype, or in 16 bits beside e4m3; later GPUs have other matrix products."""
   query_dtypes = _HALVES if dtype == "float8_e4m3fn" else frozenset({dtype})
   return Support(
       backend="mosaic", capabilities=(_HOPPER, _HOPPER), dtypes=frozenset({dtype}), query_dtypes=query_dtypes,
-      head_dims=frozenset({head_dim}), groups=frozenset(groups), scores=scores, block_sizes=frozenset(block_sizes))
+      head_dims=frozenset({head_dim}), groups=frozenset(groups), scores=scores, block_sizes=block_sizes)
 
 
 TABLE: dict[str, tuple[Support, ...]] = {
@@ -124,7 +123,7 @@ TABLE: dict[str, tuple[Support, ...]] = {
         _decode_on_mosaic("bfloat16", 64, range(1, 17)),
         _decode_on_mosaic("float16", 64, range(1, 5)),
         _decode_on_mosaic("bfloat16", 256, range(1, 3)),  # not timed
-        _decode_on_mosaic("float8_e4m3fn", 128, range(1, 5), block_sizes=(16, 32, 64)),
+        _decode_on_mosaic("float8_e4m3fn", 128, range(1, 5), block_sizes=Support.block_sizes - {8}),
         _decode_on_mosaic("float8_e4m3fn", 128, range(1, 9), scores=False),
         _decode_on_mosaic("float8_e4m3fn", 64, (1, 2, 3, 4, 8)),
         _decode_on_mosaic("float8_e4m3fn", 64, range(1, 9), scores=False),

@@ -416,7 +416,7 @@ def _attend_tile(cta, table_row, ring, length, behind, tile, carry):
   plgpu.barrier_wait(smem["full"].at[slot])
   keys, values, held = smem["k"].at[slot], smem["v"].at[slot], length - tile * size
   if not plan.packed:
-    _zero_behind_end(values, held)
+    _zero_behind_end(values, held)  # here, where few registers are in use
 
   def multiply_keys(ref):
     if not plan.packed:

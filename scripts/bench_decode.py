@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 
+from kvc_jax.cache.quantize import FP8
 from kvc_jax.cache.state import CacheState
 from kvc_jax.eviction.score_full import FullAttention
 from kvc_jax.kernels import backends
@@ -65,9 +66,9 @@ VARIANTS = {
     "triton": Variant(backend="triton"),
     "mosaic, scores": Variant(backend="mosaic", scores=True),
     "triton, scores": Variant(backend="triton", scores=True),
-    "fp8": Variant(dtype=peers.FP8),
-    "fp8, scores": Variant(dtype=peers.FP8, scores=True),
-    "fp8, triton": Variant(dtype=peers.FP8, backend="triton"),
+    "fp8": Variant(dtype=FP8.name),
+    "fp8, scores": Variant(dtype=FP8.name, scores=True),
+    "fp8, triton": Variant(dtype=FP8.name, backend="triton"),
     "xla": Variant(backend="xla"),
 }
 _ON_ALL_SHAPES = ("mosaic", "triton", "served", "fp8")

@@ -26,8 +26,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from bench_common import DECODE_SHAPES, LAYERS_PER_STEP, DecodeShape, Order, order_of_blocks
+from bench_common import (
+    DECODE_SHAPES,
+    LAYERS_PER_STEP,
+    ROUND_SECONDS,
+    DecodeShape,
+    Order,
+    order_of_blocks,
+    time_calls,
+)
+
+from kvc_jax.cache.quantize import FP8
 
 Timings = Iterator[tuple[str, tuple[float, float, float]]]
 """Variant, and seconds of a call: median, least and most."""
@@ -167,10 +179,6 @@ def torch_sdpa(shape: DecodeShape, dtype: str, order: Order) -> Timings:
 
 def jax_paged_attention(shape: DecodeShape, dtype: str, order: Order) -> Timings:
   """JAX's own Pallas-Triton `paged_attention` (deprecated upstream), the best of a few configurations."""
-  import jax
-  import jax.numpy as jnp
-  from bench_common import ROUND_SECONDS, time_calls
-
   warnings.filterwarnings("ignore", category=DeprecationWarning)
   from jax.experimental.pallas.ops.gpu import paged_attention as op
 
@@ -204,12 +212,12 @@ def jax_paged_attention(shape: DecodeShape, dtype: str, order: Order) -> Timings
   yield best[0], (best[1].median, best[1].least, best[1].most)
 
 
-FP8 = "float8_e4m3fn"
-KV_DTYPES = {"flashinfer-fp8": FP8}
+KV_DTYPES = {"flashinfer-fp8": FP8.name}
 """Of keys and values, where it is not that of the queries."""
 PEERS = {
-    "flashinfer": flashinfer, "flashinfer-fp8": functools.partial(flashinfer, kv_dtype=FP8), "torch-sdpa": torch_sdpa,
-    "jax-paged-attention": jax_paged_attention}
+    "flashinfer": flashinfer,
+    "flashinfer-fp8": functools.partial(flashinfer, kv_dtype=KV_DTYPES["flashinfer-fp8"]),
+    "torch-sdpa": torch_sdpa, "jax-paged-attention": jax_paged_attention}
 ORDERS: dict[str, tuple[Order, ...]] = {
     "flashinfer": ("shuffled", "served", "in order"), "flashinfer-fp8": ("shuffled",), "torch-sdpa": ("in order",),
     "jax-paged-attention": ("shuffled",)}
@@ -226,8 +234,8 @@ def main() -> None:
   for name in args.shapes:
     shape = DECODE_SHAPES[name]
     assert shape.ragged_by != "head", "no peer can run a shape that is ragged by head"
-    kv_dtype = KV_DTYPES.get(args.peer, args.dtype)
-    size = int(shape.lengths(1).sum()) * 2 * shape.head_dim * (1 if kv_dtype == FP8 else 2)
+    itemsize = jnp.dtype(KV_DTYPES.get(args.peer, args.dtype)).itemsize
+    size = int(shape.lengths(1).sum()) * 2 * shape.head_dim * itemsize
     start = time.perf_counter()
     for variant, (median, least, most) in PEERS[args.peer](shape, args.dtype, args.order):
       row = {"shape": name, "peer": args.peer, "order": args.order, "variant": variant, "us": median * 1e6,

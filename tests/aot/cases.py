@@ -32,8 +32,9 @@ from kvc_jax.sampling import SamplingArrays
 
 POOL_BYTES = 5 << 30
 _LAYERS, _SEQS, _HEADS, _BLOCKS_PER_HEAD, _QUERIES = 4, 8, 2, 64, 256
-_GROUPS = {"triton": {1, 3, 4, 8, 16}, "cudnn": {1, 3, 4, 8, 16}, "mosaic": {*range(1, 9), 16}}
-"""Mosaic's table lists groups by the registers that they take, two CTAs to a multiprocessor: up to 8."""
+_GROUPS = {1, 3, 4, 8, 16}
+_GROUPS_OF_MOSAIC = {*range(1, 9), 16}
+"""Up to 8 its table lists groups by the registers that they take."""
 _WITH_QUERIES = {"paged_decode", "paged_prefill", "column_scores"}
 _MOST_REGISTERS = 255
 """That a thread can have."""
@@ -126,7 +127,8 @@ def _shapes(support: backends.Support, *, vary_group: bool) -> Iterator[backends
     yield dataclasses.replace(base, head_dim=head_dim)
   for block_size in sorted(support.block_sizes - {base.block_size}):
     yield dataclasses.replace(base, block_size=block_size)
-  for group in sorted(support.groups & _GROUPS[support.backend] - {base.group}) if vary_group else ():
+  groups = _GROUPS_OF_MOSAIC if support.backend == "mosaic" else _GROUPS
+  for group in sorted(support.groups & groups - {base.group}) if vary_group else ():
     # The smallest blocks take the most registers.
     yield dataclasses.replace(base, group=group, block_size=min(support.block_sizes))
 
